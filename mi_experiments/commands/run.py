@@ -1,0 +1,111 @@
+"""mi-run: compose one run or a sweep with Hydra, do it, and print what came out."""
+
+import fcntl
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from mi_experiments.commands.tables import print_dry_run, print_result
+from mi_experiments.composing import explain, from_hydra
+from mi_experiments.dry_run import dry_run
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.experiment import run_experiment
+from mi_experiments.progress import Progress
+from mi_experiments.record import RESULT
+from mi_experiments.tracking import Tracker
+
+RUN_ID = secrets.token_hex(2)
+log = logging.getLogger("mi_experiments")
+
+
+def conf_directory() -> str:
+    """Return the folder of configs: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parents[1]
+    checkout = package.parent / "conf"
+    return str(checkout if (checkout / "config.yaml").is_file() else package / "conf")
+
+
+def main() -> None:
+    """Run the command line; expected failures are one line and an exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
+    try:
+        compose()
+    except MiError as error:
+        fail(str(error), error.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error), InputError.exit_code)
+    except OSError as error:
+        fail(f"{error.strerror}: {error.filename}", InputError.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+@hydra.main(version_base="1.3", config_path=conf_directory(), config_name="config")
+def compose(composed: DictConfig) -> float | None:
+    """Do the run that Hydra composed; returns the compressed perplexity of the first text."""
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    multirun = hydra_config.mode is RunMode.MULTIRUN
+    sweep_dir = Path(hydra_config.sweep.dir).absolute() if multirun else None
+    config = from_hydra(composed)
+    console = Console()
+    if config.dry_run:
+        print_dry_run(dry_run(config), config, console)
+        return None
+    with log_file(run_dir), claim(run_dir):
+        tracker = Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name)
+        result = run_experiment(config, run_dir, tracker, Progress())
+        print_result(result, run_dir, tracker, console)
+    return next(iter(result.compressed.values())).perplexity
+
+
+@contextmanager
+def log_file(run_dir: Path) -> Iterator[None]:
+    """Write the project's log to `run.log` and its warnings to standard error."""
+    file = logging.FileHandler(run_dir / "run.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.WARNING)
+    screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.setLevel(logging.INFO)
+    log.addHandler(file)
+    log.addHandler(screen)
+    try:
+        yield
+    finally:
+        log.removeHandler(file)
+        log.removeHandler(screen)
+        file.close()
+
+
+@contextmanager
+def claim(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory alone; a second process, or an earlier run's records, are refused."""
+    with (run_dir / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run_dir} is in use by another run: choose another") from None
+        if (run_dir / RESULT).exists():
+            raise InputError(f"{run_dir} already holds a run: choose another directory")
+        yield
+
+
+def fail(line: str, code: int) -> NoReturn:
+    """Print one line to standard error and leave."""
+    print(f"mi-run: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)

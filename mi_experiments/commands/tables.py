@@ -1,0 +1,101 @@
+"""What a person reads in the terminal."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mi_experiments.config import Config
+from mi_experiments.dry_run import Outline
+from mi_experiments.record import LINEARS, RESULT, Evaluation, Result
+from mi_experiments.tracking import Tracker
+
+
+def print_result(result: Result, run_dir: Path, tracker: Tracker, console: Console) -> None:
+    """Print what a run gave: perplexities, bits, sparsity, time, and where the records lie."""
+    console.print(perplexity_table(result))
+    console.print(budget_table(result))
+    console.print(f"[bold]records[/]  {run_dir}", soft_wrap=True)
+    console.print(f"         {RESULT}  {LINEARS}  run.log  .hydra/", soft_wrap=True)
+    if tracker.fallback:
+        console.print(f"[bold]W&B[/]      {tracker.fallback}", soft_wrap=True)
+    for number, command in enumerate(tracker.commands()):
+        title = "[bold]W&B[/]      " if number == 0 and not tracker.fallback else "         "
+        console.print(title + command, soft_wrap=True, highlight=False)
+
+
+def perplexity_table(result: Result) -> Table:
+    """Return dense and compressed perplexity by text."""
+    table = Table(title="perplexity", title_justify="left")
+    floors = any(evaluation.floor for evaluation in result.dense.values())
+    for heading in ("text", "windows", "tokens", "dense", "compressed", "change"):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    if floors:
+        table.add_column("floor", justify="right")
+    for name, dense in result.dense.items():
+        compressed = result.compressed[name]
+        cells = [
+            name,
+            f"{dense.count} {dense.windows}",
+            f"{dense.tokens:,}",
+            show_perplexity(dense),
+            show_perplexity(compressed),
+            f"{compressed.perplexity / dense.perplexity - 1:+.2%}",
+        ]
+        table.add_row(*cells, *([f"{dense.floor:.4f}" if dense.floor else ""] if floors else []))
+    return table
+
+
+def show_perplexity(evaluation: Evaluation) -> str:
+    """Format a perplexity."""
+    value = evaluation.perplexity
+    return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
+
+
+def budget_table(result: Result) -> Table:
+    """Return bits, sparsity, memory and time."""
+    table = Table(title="budget and cost", title_justify="left")
+    values = {}
+    if result.bits:
+        values |= {
+            "requested bits": f"{result.bits.requested:g}",
+            "average bits": f"{result.bits.average:.4f}",
+            "effective bits": f"{result.bits.effective:.4f}",
+        }
+    values |= {
+        "sparsity": f"{result.sparsity:.4f}",
+        "weights": f"{result.weights:,}",
+        "coverage": f"{result.coverage:.1%}",
+        "peak memory": f"{max(result.memory.values()) / 1e9:.2f} GB",
+        "time": f"{sum(result.seconds.values()):.1f} s",
+    }
+    for heading in values:
+        table.add_column(heading, justify="right")
+    table.add_row(*values.values())
+    return table
+
+
+def print_dry_run(outline: Outline, config: Config, console: Console) -> None:
+    """Print what a run would do."""
+    table = Table(title=f"plan of {config.model.name}: nothing is computed", title_justify="left")
+    for heading in ("blocks", "site", "linears", "groups", "effective bits", "MB"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for site in outline.sites:
+        table.add_row(
+            str(site.blocks),
+            site.name,
+            " ".join(f"{rows}×{columns}" for rows, columns in site.shapes),
+            "+".join(map(str, site.group_sizes)),
+            f"{site.effective_bits:.3f}",
+            f"{site.megabytes:.2f}",
+        )
+    console.print(table)
+    summary = Table(show_header=False)
+    summary.add_row("weights to compress", f"{outline.weights:,}")
+    summary.add_row("requested bits", f"{config.wbits.average:g}, per {config.wbits.scope.name}")
+    summary.add_row("sparsity", f"{config.sparsity.ratio:g}")
+    summary.add_row("calibration", f"{config.dataset.nsamples} × {config.dataset.seqlen} tokens")
+    summary.add_row("block passes", f"{outline.passes}")
+    for name, size in outline.memory.items():
+        summary.add_row(f"memory: {name}", f"{size / 1e6:,.1f} MB")
+    console.print(summary)

@@ -1,0 +1,92 @@
+"""From what Hydra composed to a checked `Config`, and from errors to one line that teaches."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mi_experiments.config import Config, CorpusConfig, EvaluationConfig
+from mi_experiments.errors import InputError
+
+
+def from_hydra(composed: DictConfig) -> Config:
+    """Turn what Hydra composed into a checked `Config`.
+
+    Raises:
+        InputError: unknown key, wrong type, missing or out-of-range value, in one line.
+    """
+    refuse_targets(composed)
+    plain = OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise InputError(explain(error)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """Return the config as JSON-ready values, enums by name."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+
+
+def refuse_targets(composed: DictConfig) -> None:
+    """Refuse keys that would make Hydra run code; no config of this project has them."""
+    text = OmegaConf.to_yaml(
+        OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
+    )
+    found = re.search(r"(^|\s)['\"]?_(target|recursive|convert|partial|args)_['\"]?\s*:", text)
+    if found:
+        raise InputError(
+            f"{found.group(0).strip()} in the config is refused: configs are data, not code"
+        )
+
+
+def explain(error: Exception) -> str:
+    """Say in one line which key is wrong, its value, and what is allowed."""
+    key = getattr(error, "full_key", None) or ""
+    first = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
+    if isinstance(error, ConfigKeyError) or "not in" in first:
+        return unknown_key(key)
+    if "Missing mandatory value" in first or "MISSING" in first:
+        return f"{key} has no value: give it on the command line as {key}=VALUE"
+    return f"{key}: {first}"
+
+
+def unknown_key(key: str) -> str:
+    """Name an unknown key, its nearest known neighbour, and its known siblings."""
+    *parents, last = key.split(".")
+    known = list(children(parents))
+    near = difflib.get_close_matches(last, known, n=1)
+    hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
+    place = ".".join(parents) or "the config"
+    return f"unknown key {key}{hint} ({place} has: {', '.join(known)})"
+
+
+def children(parents: Iterable[str]) -> Iterable[str]:
+    """Names of the keys below a path of the schema."""
+    node: Any = Config
+    for name in parents:
+        fields = (
+            {f.name: f.type for f in dataclasses.fields(node)}
+            if dataclasses.is_dataclass(node)
+            else {}
+        )
+        node = fields.get(name, CorpusConfig if node is EvaluationConfig or not fields else None)
+    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []

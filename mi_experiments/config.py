@@ -1,0 +1,322 @@
+"""What a run is asked to do: one plain dataclass per folder of `conf/`, with its ranges.
+
+The YAML files hold every default value, once; the classes hold every type and range. A value that
+does not fit is an `InputError` of one line that names the key, the value and what is allowed.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+from mi_experiments.errors import InputError
+from mi_experiments.llm.corpora import BosPolicy, Sampling, Windows
+from mi_experiments.method.grouping import Grouping
+from mi_experiments.method.hessian import SweepOrder
+from mi_experiments.method.information import Estimator
+
+UNQUANTIZED = 16
+"""The width that stands for "not quantized"."""
+
+
+class Dtype(Enum):
+    """Number format in which the model runs; `auto` is that of the checkpoint."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Allocation(Enum):
+    """How widths are given to channel groups."""
+
+    mixed = "mixed"
+    uniform = "uniform"
+    unquantized = "unquantized"
+
+
+class Scope(Enum):
+    """What shares one bit budget."""
+
+    linear = "linear"
+    site = "site"
+    model = "model"
+
+
+class Cost(Enum):
+    """What a width costs: a group's output error, as it is or relative to its linear's output."""
+
+    distortion = "distortion"
+    relative = "relative"
+
+
+class GridFit(Enum):
+    """Which weights the grids are fitted to where a linear is pruned and quantized.
+
+    `original`: the weights as they were, pattern and codes chosen in one sweep (arXiv:2301.00774).
+    `survivors`: a sweep that only prunes comes first; the grids are fitted to its compensated
+    survivors, and the joint sweep keeps its pattern.
+    """
+
+    original = "original"
+    survivors = "survivors"
+
+
+class TrackingMode(Enum):
+    """Where Weights & Biases records go; `auto` is online where a key exists, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Export(Enum):
+    """What is written of the compressed model."""
+
+    nothing = "nothing"
+    dense = "dense"
+
+
+@dataclass
+class ModelConfig:
+    """A causal language model in Hugging Face format."""
+
+    name: str
+    path: str
+    revision: str | None
+    dtype: Dtype
+    device: str
+    attention: str
+    seqlen: int
+    blocks: str | None
+    ignore: list[str]
+    offline: bool
+    allow_float16: bool
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            "model.path", self.path, bool(self.path.strip()), "a directory or a hub id org/name"
+        )
+        require("model.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
+        allowed = ("auto", "cpu", "cuda")
+        named = self.device in allowed or bool(re.fullmatch(r"cuda:\d+", self.device))
+        require("model.device", self.device, named, "auto, cpu, cuda or cuda:N")
+        attentions = ("eager", "sdpa")
+        require("model.attention", self.attention, self.attention in attentions, "eager or sdpa")
+
+
+@dataclass
+class DatasetConfig:
+    """Calibration text and how it is cut into sequences."""
+
+    corpus: str
+    path: str | None
+    text_field: str
+    nsamples: int
+    seqlen: int
+    batch_size: int
+    sampling: Sampling
+    add_bos: BosPolicy
+    holdout: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_corpus("dataset", self.corpus, self.path)
+        require("dataset.nsamples", self.nsamples, self.nsamples >= 1, "at least 1")
+        require("dataset.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
+        require("dataset.batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+        require("dataset.holdout", self.holdout, 0 < self.holdout < 1, "between 0 and 1")
+
+
+@dataclass
+class SparsityConfig:
+    """Fraction of weights set to zero; n:m keeps n weights of every m consecutive channels."""
+
+    ratio: float
+    n: int
+    m: int
+    mask_block: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("sparsity.ratio", self.ratio, 0 <= self.ratio <= 1, "from 0 to 1")
+        require("sparsity.mask_block", self.mask_block, self.mask_block >= 1, "at least 1 channel")
+        if self.n or self.m:
+            fits = 0 < self.n < self.m
+            require("sparsity.n", self.n, fits, f"from 1 to m - 1 = {self.m - 1} (0 with m=0: off)")
+            exact = math.isclose(self.ratio, (self.m - self.n) / self.m)
+            require("sparsity.ratio", self.ratio, exact, f"(m - n) / m for {self.n}:{self.m}")
+            whole = self.mask_block % self.m == 0
+            require("sparsity.mask_block", self.mask_block, whole, f"a multiple of m = {self.m}")
+
+
+@dataclass
+class WbitsConfig:
+    """The bit budget and the grids that spend it."""
+
+    allocation: Allocation
+    average: float
+    widths: list[int] | None
+    scope: Scope
+    cost: Cost
+    symmetric: bool
+    group_size: int | None
+    clip_search: bool
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.allocation is Allocation.unquantized:
+            require("wbits.average", self.average, self.average == UNQUANTIZED, "16 (unquantized)")
+            return
+        require(
+            "wbits.average",
+            self.average,
+            2 <= self.average <= 8,
+            "from 2 to 8 bits; wbits=unquantized for none",
+        )
+        if self.allocation is Allocation.uniform:
+            whole = self.average == int(self.average)
+            require(
+                "wbits.average", self.average, whole, "a whole number when uniform; or wbits=mixed"
+            )
+        for width in self.widths or []:
+            fits = 2 <= width <= 8 or width == UNQUANTIZED
+            require("wbits.widths", width, fits, "widths from 2 to 8, and 16 for unquantized")
+        if self.widths is not None:
+            reachable = bool(self.widths) and min(self.widths) <= self.average
+            require(
+                "wbits.widths", self.widths, reachable, "at least one width within wbits.average"
+            )
+        if self.group_size is not None:
+            require("wbits.group_size", self.group_size, self.group_size >= 1, "at least 1 channel")
+
+    def candidate_widths(self) -> list[int]:
+        """Widths that a group may get: those asked for, or those around the average."""
+        if self.allocation is not Allocation.mixed:
+            return [int(self.average)]
+        if self.widths is not None:
+            return sorted(set(self.widths))
+        low, high = math.floor(self.average) - 1, math.ceil(self.average) + 1
+        return list(range(max(2, low), min(8, high) + 1))
+
+
+@dataclass
+class NGroupsConfig:
+    """How the input channels of a site are grouped."""
+
+    grouping: Grouping
+    count: int
+    multiple: int
+    estimator: Estimator
+    sample_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("n_groups.count", self.count, self.count >= 1, "at least 1")
+        require("n_groups.multiple", self.multiple, self.multiple >= 1, "at least 1 channel")
+        enough = self.sample_tokens >= 16
+        require("n_groups.sample_tokens", self.sample_tokens, enough, "at least 16 tokens")
+
+
+@dataclass
+class RecipeConfig:
+    """How the sweep is run."""
+
+    name: str
+    damping: float
+    order: SweepOrder
+    true_sequential: bool
+    grid_fit: GridFit
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
+
+
+@dataclass
+class CorpusConfig:
+    """One evaluation text."""
+
+    corpus: str
+    path: str | None
+    text_field: str
+    windows: Windows
+    separator: str
+    seqlen: int
+    max_windows: int | None
+    add_bos: BosPolicy
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require_corpus("evaluation.datasets.*", self.corpus, self.path)
+        require("evaluation.datasets.*.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
+        if self.max_windows is not None:
+            key = "evaluation.datasets.*.max_windows"
+            require(key, self.max_windows, self.max_windows >= 1, "at least 1, or null for all")
+
+
+@dataclass
+class EvaluationConfig:
+    """Perplexity protocol: which texts, cut how."""
+
+    protocol: str
+    datasets: dict[str, CorpusConfig]
+    batch_tokens: int
+    logits_chunk: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("evaluation.datasets", self.datasets, bool(self.datasets), "at least one text")
+        require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
+        require("evaluation.logits_chunk", self.logits_chunk, self.logits_chunk >= 1, "at least 1")
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases."""
+
+    mode: TrackingMode
+    project: str
+    entity: str | None
+    tags: list[str]
+    init_timeout: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("tracking.init_timeout", self.init_timeout, self.init_timeout >= 1, "seconds >= 1")
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    sparsity: SparsityConfig
+    wbits: WbitsConfig
+    n_groups: NGroupsConfig
+    recipe: RecipeConfig
+    evaluation: EvaluationConfig
+    tracking: TrackingConfig
+    seed: int
+    export: Export
+    dry_run: bool
+
+
+def require(key: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise the one line that a person needs when a value is out of its range."""
+    if not holds:
+        raise InputError(f"{key}={value} is not allowed: {allowed}")
+
+
+def require_corpus(key: str, corpus: str, path: str | None) -> None:
+    """Check that a corpus is known and has the file that it needs."""
+    known = ("embedded", "text", "wikitext2", "ptb", "c4")
+    require(f"{key}.corpus", corpus, corpus in known, "one of " + ", ".join(known))
+    if corpus == "text":
+        require(f"{key}.path", path, bool(path), "a .txt or .jsonl file")

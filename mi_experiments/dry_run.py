@@ -1,0 +1,140 @@
+"""dry_run: what a run would do, from the shapes of the model alone; no weight is loaded."""
+
+import math
+from dataclasses import dataclass
+
+from mi_experiments.config import Allocation, Config
+from mi_experiments.embedded import MODEL_DIRECTORY
+from mi_experiments.llm.blocks import Block, Site, describe_blocks
+from mi_experiments.llm.loading import load_skeleton
+from mi_experiments.method.grouping import group_sizes
+from mi_experiments.plan import check_count, needs_activations, sparsity_of
+
+FLOAT32 = 4
+"""Bytes of a number of the mathematics."""
+
+
+@dataclass(frozen=True)
+class SiteOutline:
+    """A site before anything is measured.
+
+    Attributes:
+        blocks: number of blocks that have this site with this shape.
+        name: the linears that read one input.
+        shapes: rows × columns of each linear.
+        group_sizes: channels in each group.
+        effective_bits: everything stored, per weight, if the budget is met exactly.
+        megabytes: of the compressed linears of all these blocks.
+    """
+
+    blocks: int
+    name: str
+    shapes: tuple[tuple[int, int], ...]
+    group_sizes: tuple[int, ...]
+    effective_bits: float
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a run would do.
+
+    Attributes:
+        sites: one entry for all blocks with the same shape.
+        weights: of all linears to be compressed.
+        passes: block passes over the calibration data: one for a plan, if it needs activations,
+            and those of the sweep.
+        memory: bytes by what they hold.
+    """
+
+    sites: tuple[SiteOutline, ...]
+    weights: int
+    passes: int
+    memory: dict[str, int]
+
+
+def dry_run(config: Config) -> Outline:
+    """Outline a run from the model's config file.
+
+    Raises:
+        InputError: the model's config cannot be read, or more groups than channels are asked for.
+    """
+    embedded = config.model.path == "embedded"
+    model = load_skeleton(
+        str(MODEL_DIRECTORY) if embedded else config.model.path,
+        revision=config.model.revision,
+        offline=config.model.offline,
+        attention=config.model.attention,
+    )
+    blocks = describe_blocks(
+        model,
+        config.dataset.seqlen,
+        ignore=tuple(config.model.ignore),
+        path=config.model.blocks,
+    )
+    sites = [(block, site) for block in blocks for site in block.sites]
+    kinds: dict[object, list[tuple[Block, Site]]] = {}
+    for block, site in sites:
+        check_count(site.columns, f"{block.name}.{site.name}", config.n_groups)
+        kinds.setdefault((site.name, shapes(site)), []).append((block, site))
+    text = model.config.get_text_config()
+    item = next(model.parameters()).element_size()
+    widest = max(site.columns for _, site in sites)
+    samples = config.dataset.nsamples * config.dataset.seqlen
+    memory = {
+        "model weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "activations": samples * text.hidden_size * item,
+        "widest Hessian, factor and information": 4 * widest * widest * FLOAT32,
+        "logits in evaluation": config.evaluation.logits_chunk * text.vocab_size * FLOAT32,
+    }
+    passes = (len(blocks) if needs_activations(config) else 0) + len(blocks) * (
+        1 + (len(blocks[0].sites) if config.recipe.true_sequential else 1)
+    )
+    return Outline(
+        sites=tuple(outline(members, config) for members in kinds.values()),
+        weights=sum(linear.rows * linear.columns for _, site in sites for linear in site.linears),
+        passes=passes,
+        memory=memory,
+    )
+
+
+def shapes(site: Site) -> tuple[tuple[int, int], ...]:
+    """Return rows and columns of each linear of a site."""
+    return tuple((linear.rows, linear.columns) for linear in site.linears)
+
+
+def outline(members: list[tuple[Block, Site]], config: Config) -> SiteOutline:
+    """Outline the sites of equal shape."""
+    _, site = members[0]
+    sizes = group_sizes(site.columns, config.n_groups.count, config.n_groups.multiple)
+    effective = expected_effective_bits(site, sizes, config)
+    weights = sum(rows * columns for rows, columns in shapes(site))
+    return SiteOutline(
+        blocks=len(members),
+        name=site.name,
+        shapes=shapes(site),
+        group_sizes=tuple(sizes),
+        effective_bits=effective,
+        megabytes=len(members) * weights * effective / 8e6,
+    )
+
+
+def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> float:
+    """Return the stored bits per weight of a site whose linears meet the budget exactly.
+
+    Codes of kept weights, 16-bit scales and zero points per (row, scale group), sparsity pattern,
+    and group index; method `count_storage` counts the same on real linears.
+    """
+    sparsity = sparsity_of(config)
+    average = config.wbits.average
+    per_weight = (1 - sparsity.ratio) * average + sparsity.pattern_bits_per_weight
+    weights = sum(rows * columns for rows, columns in shapes(site))
+    if config.wbits.allocation is not Allocation.unquantized:
+        size = config.wbits.group_size or max(sizes)
+        scales = sum(math.ceil(channels / size) for channels in sizes)
+        zero_points = 0 if config.wbits.symmetric else average
+        per_weight += scales * (16 + zero_points) / site.columns
+    if len(sizes) > 1:
+        index = site.columns * math.ceil(math.log2(len(sizes))) + 4 * len(sizes)
+        per_weight += index * len(site.linears) / weights
+    return per_weight

@@ -1,0 +1,31 @@
+"""What can go wrong, in words for the person who typed the command.
+
+MiError
+├── InputError        something the user gave cannot be used; exit code 2
+├── NumericalError    the mathematics failed on real numbers; exit code 3
+└── AuditError        a compressed linear is not what was promised; exit code 4
+"""
+
+
+class MiError(Exception):
+    """An expected failure: one line that names the thing and the remedy."""
+
+    exit_code = 1
+
+
+class InputError(MiError):
+    """The configuration, a file or a dataset cannot be used as given."""
+
+    exit_code = 2
+
+
+class NumericalError(MiError):
+    """A computation on real activations or weights has no valid result."""
+
+    exit_code = 3
+
+
+class AuditError(MiError):
+    """A compressed linear breaks one of the promises of its plan."""
+
+    exit_code = 4

@@ -1,0 +1,284 @@
+"""Load a causal language model and its tokenizer, from a directory or the Hugging Face hub.
+
+Weights come from safetensors only, and no code of a repository is ever executed. What can be wrong
+with what the user named is found before the weights are read where possible, and said in one line.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mi_experiments.errors import InputError
+from mi_experiments.llm.checkpoint import one_line, read_json, stored_dtype, weight_files
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+WEIGHT_FILES = ("*.safetensors",)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model really is.
+
+    Attributes:
+        directory: Local directory with its files; a snapshot in the cache if it is from the hub.
+        commit: Commit hash on the hub, None for a directory of the user.
+    """
+
+    directory: Path
+    commit: str | None
+
+
+def locate_model(
+    path_or_id: str, *, revision: str | None, offline: bool, weights: bool = True
+) -> ModelSource:
+    """Find a model on disk, or bring it from the hub into the local cache.
+
+    Args:
+        path_or_id: A directory, or a hub id ``org/name``.
+        revision: Branch, tag or commit on the hub; None means its main branch.
+        offline: Look in the local cache only.
+        weights: Bring the weights too, not only the text files.
+
+    Raises:
+        InputError: If there is no such model, or the hub does not give it.
+    """
+    name = f"model.path={path_or_id}"
+    directory = Path(path_or_id).expanduser()
+    if path_or_id and directory.is_dir():
+        if revision is not None:
+            raise InputError(f"model.revision={revision} is for hub ids, but {name} is a directory")
+        return ModelSource(directory.resolve(), None)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path_or_id) is None:
+        raise InputError(f"{name} is not a directory; a hub id looks like org/name")
+    try:
+        snapshot = snapshot_download(
+            path_or_id,
+            revision=revision,
+            allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
+            # Subfolders and "consolidated" files hold the same weights in other formats.
+            ignore_patterns=["*/*", "consolidated*"],
+            local_files_only=offline,
+        )
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} is gated; accept its terms at https://huggingface.co/{path_or_id} "
+            "and run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"{name} is neither a directory nor on the hub; check the spelling, "
+            "or run `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"model.revision={revision} does not exist for {name}") from error
+    except LocalEntryNotFoundError as error:
+        reason = "model.offline=true" if offline else "the hub cannot be reached"
+        at = f" at model.revision={revision}" if revision else ""
+        raise InputError(
+            f"{name}{at} is neither a directory nor completely in the local cache, and {reason}; "
+            f"run `hf download {path_or_id}` where there is a network"
+        ) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise InputError(f"{name}: the hub refused: {one_line(error)}") from error
+    return ModelSource(Path(snapshot), Path(snapshot).name)
+
+
+def load_model(
+    path_or_id: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    offline: bool,
+    attention: str = "sdpa",
+    allow_float16: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model for inference, every parameter from the checkpoint and none trainable.
+
+    Args:
+        path_or_id: A directory, or a hub id ``org/name``.
+        revision: Branch, tag or commit on the hub.
+        dtype: ``auto`` (that of most weights in the checkpoint), ``float32``, ``bfloat16`` or
+            ``float16``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        offline: Never use the network.
+        attention: ``sdpa`` or ``eager``.
+        allow_float16: Accept float16 for a bfloat16 checkpoint, whose range it lacks.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+
+    Raises:
+        InputError: If anything about the request or the files prevents exactly that.
+    """
+    place = _parse_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"model.dtype={dtype} is not one of auto, {', '.join(DTYPES)}")
+    source = locate_model(path_or_id, revision=revision, offline=offline)
+    config = _read_config(source.directory, attention)
+    stored = stored_dtype(weight_files(source.directory))
+    if stored == torch.bfloat16 and dtype == "float16" and not allow_float16:
+        raise InputError(
+            f"model.dtype=float16 lacks the range of the bfloat16 checkpoint {path_or_id}; "
+            "use model.dtype=bfloat16, or insist with model.allow_float16=true"
+        )
+    tokenizer = _load_tokenizer(source.directory)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source.directory,
+        config=config,
+        dtype=stored if dtype == "auto" else DTYPES[dtype],
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        # Only so that a wrong shape is listed in the report, and refused below.
+        ignore_mismatched_sizes=True,
+    )
+    model, report = loaded
+    _check_complete(source.directory, report)
+    model.eval()
+    model.requires_grad_(False)
+    return model.to(place), tokenizer
+
+
+def load_skeleton(
+    path_or_id: str, *, revision: str | None, offline: bool, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Build a model on the meta device from its config alone: shapes and names, no weights.
+
+    Args:
+        path_or_id: A directory, or a hub id ``org/name``.
+        revision: Branch, tag or commit on the hub.
+        offline: Never use the network.
+        attention: ``sdpa`` or ``eager``.
+
+    Returns:
+        The model, in eval mode.
+    """
+    source = locate_model(path_or_id, revision=revision, offline=offline, weights=False)
+    config = _read_config(source.directory, attention)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config,
+            attn_implementation=attention,
+            # Of the ways to run fused experts, the one whose shapes do not depend on the routing.
+            experts_implementation="batched_mm",
+            trust_remote_code=False,
+        )
+    model.train(False)
+    model.requires_grad_(False)
+    return model
+
+
+def content_hash(directory: str | Path) -> dict[str, str]:
+    """Hash every file of a model that can influence its numbers.
+
+    Args:
+        directory: Local directory with config, weights and tokenizer.
+
+    Returns:
+        SHA-256 in hexadecimal by file name, sorted by name.
+
+    Raises:
+        InputError: If the directory is missing or has no such file.
+    """
+    folder = Path(directory)
+    names = sorted({file for kind in TEXT_FILES + WEIGHT_FILES for file in folder.glob(kind)})
+    if not names:
+        raise InputError(f"{directory} is not a directory with the files of a model")
+    hashes = {}
+    for name in names:
+        with name.open("rb") as file:
+            hashes[name.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _parse_device(device: str) -> torch.device:
+    """Return the device if it is one that this machine has."""
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise InputError(f"model.device={device} is not one of cpu, cuda, cuda:N")
+    if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"model.device={device}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "use model.device=cpu"
+        )
+    return torch.device(device)
+
+
+def _read_config(directory: Path, attention: str) -> PreTrainedConfig:
+    """Read the config of a model that can be loaded as a causal language model."""
+    if attention not in {"sdpa", "eager"}:
+        raise InputError(f"model.attention={attention} is not one of sdpa, eager")
+    file = directory / "config.json"
+    if not file.is_file():
+        raise InputError(f"{directory} has no config.json, so it is not a model directory")
+    raw = read_json(file)
+    kind = str(raw.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        advice = "it needs its own code, which is never run" if "auto_map" in raw else "update it?"
+        raise InputError(f"{file}: model_type={kind} is unknown to transformers; {advice}")
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    architectures = raw.get("architectures") or [causal]
+    if causal is None or causal not in architectures:
+        raise InputError(
+            f"{file}: {kind} with architectures={architectures} is not a causal language model"
+        )
+    if "quantization_config" in raw:
+        raise InputError(f"{file}: the weights are already quantized; use the original checkpoint")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{file} is not valid: {one_line(error)}") from error
+    return config
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{directory} has no usable tokenizer: {one_line(error)}") from error
+
+
+def _check_complete(directory: Path, report: dict[str, Any]) -> None:
+    """Raise unless the checkpoint and the model have the same weights, in name and shape."""
+    found = {
+        "lacks": sorted(report["missing_keys"]),
+        "has unknown": sorted(report["unexpected_keys"]),
+        "has of another shape": sorted(key for key, *_ in report["mismatched_keys"]),
+    }
+    if faults := [
+        f"{verb} {len(keys)} weights, such as {keys[0]}" for verb, keys in found.items() if keys
+    ]:
+        raise InputError(f"the checkpoint in {directory} does not fit: it {'; it '.join(faults)}")

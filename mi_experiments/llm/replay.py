@@ -1,0 +1,271 @@
+"""Replay decoder blocks one at a time, exactly as the model runs them.
+
+Each block is called with the arguments that the model itself passed to it, recorded in a real
+forward pass: they differ between blocks (arXiv:2503.19786 alternates sliding and full attention),
+so one block's arguments do not serve another. Whatever the replay relies on is checked while
+recording, and a model for which it does not hold is refused.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.inventory import Inventory
+
+
+class Stop(Exception):
+    """Ends a forward pass early, once what it was run for has been seen."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """How the model calls one block: everything but the hidden state.
+
+    Attributes:
+        args: Positional arguments after the hidden state.
+        kwargs: Keyword arguments: position embeddings, attention mask, whatever the model passes.
+        keyword: The hidden state is passed as ``hidden_states=`` and not as the first argument.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    keyword: bool
+
+    def replay(
+        self, block: nn.Module, hidden: Float[Tensor, "batch seqlen hidden"]
+    ) -> Float[Tensor, "batch seqlen hidden"]:
+        """Run the block on a hidden state, as the model would."""
+        # Some blocks add to their input in place; the stream must not see that.
+        hidden = hidden.clone()
+        if self.keyword:
+            return _hidden_state(block(*self.args, hidden_states=hidden, **self.kwargs))
+        return _hidden_state(block(hidden, *self.args, **self.kwargs))
+
+
+@dataclass(eq=False)
+class Stream:
+    """The hidden states of all samples between two blocks, held once and overwritten in place.
+
+    A second stream through the same blocks is ``dataclasses.replace(stream, hidden=clone)``.
+
+    Attributes:
+        hidden: What block ``position`` reads, in the dtype of the model.
+        batch_size: Samples per forward pass.
+        calls: For each batch size that occurs, how the model calls each block.
+        position: Index of the block that reads ``hidden``.
+    """
+
+    hidden: Float[Tensor, "nsamples seqlen hidden"]
+    batch_size: int
+    calls: dict[int, list[Call]]
+    position: int = 0
+
+    def batches(self) -> Iterator[tuple[int, Float[Tensor, "batch seqlen hidden"], Call]]:
+        """Yield the first sample, the hidden states and the call of every batch, in order."""
+        for start in range(0, len(self.hidden), self.batch_size):
+            hidden = self.hidden[start : start + self.batch_size]
+            yield start, hidden, self.calls[len(hidden)][self.position]
+
+    @torch.no_grad()
+    def advance(self, name: str, module: nn.Module) -> None:
+        """Replace the hidden states by what the block makes of them, with its present weights.
+
+        Args:
+            name: Path of the block, for messages.
+            module: The block at ``position``.
+
+        Raises:
+            InputError: If the output is no hidden state of the same shape and dtype.
+        """
+        for start, hidden, call in self.batches():
+            output = call.replay(module, hidden)
+            if output.shape != hidden.shape or output.dtype != hidden.dtype:
+                raise InputError(
+                    f"{name} turns {hidden.dtype} {[*hidden.shape]} into {output.dtype} "
+                    f"{[*output.shape]}; only blocks that keep shape and dtype can be chained"
+                )
+            _check_finite(output, f"the output of {name}", start)
+            hidden.copy_(output)
+        self.position += 1
+
+
+def open_stream(
+    model: PreTrainedModel,
+    inventory: Inventory,
+    tokens: Int[Tensor, "nsamples seqlen"],
+    batch_size: int,
+) -> Stream:
+    """Compute what the first block reads for all samples, and how the model calls each block.
+
+    Args:
+        model: A causal language model.
+        inventory: Its blocks.
+        tokens: Token ids.
+        batch_size: Samples per forward pass.
+
+    Raises:
+        InputError: If a sample is longer or a token larger than the model allows, or an argument of
+            a block depends on the tokens: then a block cannot be replayed alone.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens.shape[1] > limit:
+        raise InputError(f"dataset.seqlen={tokens.shape[1]} exceeds the {limit} of the model")
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    if not tokens.is_meta and int(tokens.max()) >= vocabulary:
+        raise InputError(
+            f"token {int(tokens.max())} is beyond the {vocabulary} embeddings of the model; "
+            "are the tokens from another tokenizer?"
+        )
+    calls: dict[int, list[Call]] = {}
+    hidden: Tensor | None = None
+    for start in range(0, len(tokens), batch_size):
+        batch = tokens[start : start + batch_size]
+        if len(batch) not in calls:
+            calls[len(batch)] = record_calls(model, inventory, batch)
+            # The same tokens in another order must lead to the same arguments in every block.
+            others = record_calls(model, inventory, batch.flip(-1))
+            _check_replayable(inventory.path, calls[len(batch)], others)
+        entering, call = _enter(model, inventory, batch)
+        _check_replayable(inventory.path, calls[len(batch)][:1], [call])
+        _check_finite(entering, f"the input of {inventory.path}.0", start)
+        if hidden is None:
+            hidden = entering.new_empty(len(tokens), *entering.shape[1:])
+        hidden[start : start + len(batch)] = entering
+    if hidden is None:
+        raise ValueError("there is no sample")
+    return Stream(hidden, batch_size, calls)
+
+
+@torch.no_grad()
+def record_calls(
+    model: PreTrainedModel, inventory: Inventory, tokens: Int[Tensor, "batch seqlen"]
+) -> list[Call]:
+    """Run the model once and record the arguments of every block.
+
+    Args:
+        model: A causal language model.
+        inventory: Its blocks.
+        tokens: Token ids of one batch; the arguments belong to its shape.
+
+    Returns:
+        One call per block.
+
+    Raises:
+        InputError: If the blocks do not form a chain: each called once, in order, and reading
+            exactly what the one before it returned.
+    """
+    order = {block: index for index, block in enumerate(inventory.modules)}
+    calls: list[Call] = []
+    previous: list[Tensor] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, call = _split_call(args, kwargs)
+        if order[block] != len(calls):
+            raise InputError(f"{inventory.path}.{order[block]} is called twice or out of order")
+        if previous and not _same(hidden, previous.pop()):
+            raise InputError(
+                f"{inventory.path}.{order[block]} does not read what the block before it returned"
+            )
+        calls.append(call)
+
+    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        previous.append(_hidden_state(output))
+
+    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in inventory.modules]
+    handles += [block.register_forward_hook(after) for block in inventory.modules]
+    with hooks(handles):
+        # Without the head, whose logits would be the largest tensor of the whole run.
+        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    if len(calls) != len(inventory.modules):
+        raise InputError(f"{inventory.path}.{len(calls)} is not called by {type(model).__name__}")
+    return calls
+
+
+@torch.no_grad()
+def _enter(
+    model: PreTrainedModel, inventory: Inventory, tokens: Int[Tensor, "batch seqlen"]
+) -> tuple[Float[Tensor, "batch seqlen hidden"], Call]:
+    """Run the model up to its first block."""
+    entered: list[tuple[Tensor, Call]] = []
+
+    def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(_split_call(args, kwargs))
+        raise Stop
+
+    handle = inventory.modules[0].register_forward_pre_hook(before, with_kwargs=True)
+    with hooks([handle]), suppress(Stop):
+        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    return entered[0]
+
+
+@contextmanager
+def hooks(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Keep hooks for the length of a with statement, however it ends."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+def _split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
+    """Separate the hidden state from the other arguments of a block."""
+    others = dict(kwargs)
+    keyword = "hidden_states" in others
+    hidden = others.pop("hidden_states") if keyword else next(iter(args), None)
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        raise InputError("a block must read one hidden state [batch, seqlen, hidden]; it does not")
+    return hidden, Call(args if keyword else args[1:], others, keyword)
+
+
+def _hidden_state(output: Any) -> Tensor:
+    """Return the hidden state from what a block returns: it alone, or first in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _check_replayable(path: str, calls: Sequence[Call], others: Sequence[Call]) -> None:
+    """Raise unless two sets of tokens led to the same arguments."""
+    for index, (call, other) in enumerate(zip(calls, others, strict=True)):
+        keys = sorted(call.kwargs.keys() | other.kwargs.keys())
+        changed = [key for key in keys if not _same(call.kwargs.get(key), other.kwargs.get(key))]
+        if changed or not _same(call.args, other.args):
+            raise InputError(
+                f"{path}.{index} reads more than its hidden state: arguments that depend on the "
+                f"tokens ({', '.join(changed) or 'positional'}); it cannot be replayed alone"
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Compare arguments of a block exactly; on the meta device, their shapes."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a is b or a.shape != b.shape or a.dtype != b.dtype:
+            return a is b
+        return a.is_meta or torch.equal(a, b)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return a is b or bool(a == b)
+
+
+def _check_finite(hidden: Float[Tensor, "batch seqlen hidden"], what: str, start: int) -> None:
+    """Raise if a sample has a NaN or an infinity."""
+    if hidden.is_meta:
+        return
+    bad = ~hidden.isfinite().flatten(1).all(1)
+    if bad.any():
+        sample = start + int(bad.to(torch.uint8).argmax())
+        raise NumericalError(
+            f"sample {sample} is not finite in {what} ({hidden.dtype}, "
+            f"{int(bad.sum())} bad samples in this batch); try model.dtype=float32"
+        )

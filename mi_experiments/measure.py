@@ -1,0 +1,43 @@
+"""Measure what a block's sites read: from activations to a Hessian a site."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mi_experiments.config import Config
+from mi_experiments.errors import MiError
+from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.method.hessian import Hessian, HessianAccumulator
+
+
+def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dict[str, Hessian]:
+    """Run the block on all its inputs once and return the Hessian of each site, by name.
+
+    Raises:
+        NumericalError: an input is not finite; names block and site.
+    """
+    device = block.stream.hidden.device
+    accumulators = {
+        site.name: HessianAccumulator(
+            site.columns, sample_tokens=config.n_groups.sample_tokens, device=device
+        )
+        for site in sites
+    }
+
+    def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+        with site_context(block, site):
+            accumulators[site.name].update(inputs)
+
+    block.feed(sites, consume)
+    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
+
+
+@contextmanager
+def site_context(block: Block, site: Site) -> Iterator[None]:
+    """Say in which block and site an expected failure happened."""
+    try:
+        yield
+    except MiError as error:
+        raise type(error)(f"block {block.index}, {site.name}: {error}") from error

@@ -1,0 +1,1 @@
+"""The mathematics: torch only, tensors in, tensors out; no model, config or file."""

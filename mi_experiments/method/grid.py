@@ -1,0 +1,247 @@
+"""The quantization grid: one scale and one integer zero point per (row, scale group).
+
+A weight on the grid is scale · (code − zero point) with an integer code in [0, 2^bits − 1]. The
+zero point is itself a code, so zero is always exactly representable and pruned weights stay zero.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Int16, Int32, Int64, UInt8
+from torch import Tensor
+
+from mi_experiments.errors import NumericalError
+
+UNQUANTIZED = 16
+"""The width that means: keep this channel's weights as they are."""
+
+MAX_BITS = 8
+"""With 8-bit codes and 11-bit scales a product is exact in float32."""
+
+SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(30))
+"""Fractions of the full range that the clip search tries: 1.00, 0.98, …, 0.42."""
+
+SMALLEST_SCALE = 2.0**-24
+"""The smallest positive float16."""
+
+CHUNK_ELEMENTS = 2**20
+"""Candidate weights (factors · rows · channels) held at a time by the clip search."""
+
+
+def scale_groups(
+    channel_group: Int[Tensor, "columns"], group_size: int | None
+) -> Int32[Tensor, "columns"]:
+    """Cut every channel group into consecutive chunks that share a scale.
+
+    Args:
+        channel_group: Group label of each channel, in storage order; any integers.
+        group_size: Channels per scale; the last chunk of a group may be shorter. None gives each
+            channel group a single scale.
+
+    Returns:
+        The scale group of each channel, labelled densely from 0 by channel group, then by chunk.
+
+    Raises:
+        ValueError: The group size is not positive.
+    """
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size {group_size} must be at least 1")
+    by_group = channel_group.argsort(stable=True)
+    label = channel_group[by_group]
+    position = torch.arange(len(label), device=label.device)
+    opens = position == 0
+    opens[1:] |= label[1:] != label[:-1]
+    if group_size is not None:
+        rank = position - torch.where(opens, position, 0).cummax(0).values
+        opens |= rank % group_size == 0
+    shared = torch.empty_like(channel_group, dtype=torch.int32)
+    shared[by_group] = opens.cumsum(0, dtype=torch.int32) - 1
+    return shared
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The levels that each weight of a linear may take.
+
+    Attributes:
+        bits: Width of each channel's codes, 1 to 8; 16 leaves the channel unquantized.
+        scale_group: Which column of ``scale`` and ``zero_point`` each channel uses.
+        scale: Distance between levels; positive, and exactly a float16, so that counting 16 bits
+            for it is honest. 1 where unquantized.
+        zero_point: The code of zero, in [0, 2^bits − 1]. 0 where unquantized.
+
+    Raises:
+        ValueError: A width is out of range, a scale group mixes widths or is missing, or a scale or
+            zero point breaks the promises above.
+    """
+
+    bits: UInt8[Tensor, "columns"]
+    scale_group: Int32[Tensor, "columns"]
+    scale: Float[Tensor, "rows scale_groups"]
+    zero_point: Int32[Tensor, "rows scale_groups"]
+
+    def __post_init__(self) -> None:
+        width = _bits_per_group(self.bits, self.scale_group, self.scale.shape[1])
+        if not ((self.scale > 0) & (self.scale == self.scale.half())).all():
+            raise ValueError("every scale must be positive and exactly a float16")
+        if not ((self.zero_point >= 0) & (self.zero_point <= _top(width))).all():
+            raise ValueError("every zero point must be a code, in [0, 2^bits − 1]")
+        whole = width == UNQUANTIZED
+        if (self.scale[:, whole] != 1).any() or self.zero_point[:, whole].any():
+            raise ValueError("unquantized channels must have scale 1 and zero point 0")
+
+    @property
+    def quantized(self) -> Bool[Tensor, "columns"]:
+        """Which channels have codes."""
+        return self.bits != UNQUANTIZED
+
+    def encode(
+        self, weight: Float[Tensor, "rows chosen"], columns: Int64[Tensor, "chosen"]
+    ) -> Int16[Tensor, "rows chosen"]:
+        """Round weights to the nearest code.
+
+        Args:
+            weight: Weights of the chosen channels; finite.
+            columns: Channel index of each column of ``weight``; quantized channels only.
+        """
+        group = self.scale_group[columns]
+        zero = self.zero_point[:, group]
+        level = (weight / self.scale[:, group]).round()
+        return (level.clamp(-zero, _top(self.bits[columns]) - zero) + zero).to(torch.int16)
+
+    def decode(
+        self, codes: Int[Tensor, "rows chosen"], columns: Int64[Tensor, "chosen"]
+    ) -> Float[Tensor, "rows chosen"]:
+        """Turn codes into weights, in the dtype of the scales.
+
+        Args:
+            codes: Codes of the chosen channels.
+            columns: Channel index of each column of ``codes``; quantized channels only.
+        """
+        group = self.scale_group[columns]
+        return (codes - self.zero_point[:, group]) * self.scale[:, group]
+
+    def quantize(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Round every weight to its nearest level; unquantized channels are returned unchanged."""
+        columns = self.quantized.nonzero()[:, 0]
+        level = self.decode(self.encode(weight[:, columns], columns), columns)
+        return weight.index_copy(1, columns, level.to(weight.dtype))
+
+
+@torch.no_grad()
+def fit_grid(
+    weight: Float[Tensor, "rows columns"],
+    bits: UInt8[Tensor, "columns"],
+    scale_group: Int32[Tensor, "columns"],
+    *,
+    symmetric: bool,
+    clip_search: bool,
+    pruned: Bool[Tensor, "rows columns"] | None = None,
+) -> Grid:
+    """Fit one scale and zero point to the weights of every (row, scale group).
+
+    Asymmetric: the levels span [min(w, 0), max(w, 0)]. Symmetric: they span ±max |w|, with zero
+    point 2^(bits − 1). The clip search shrinks both ends of the range together and keeps the factor
+    with the smallest squared error (GPTQ's ``mse``, arXiv:2210.17323, with exponent 2), so it never
+    does worse than the full range. Where all weights are zero the scale is 1.
+
+    Args:
+        weight: Weights in storage order.
+        bits: Width of each channel; 16 leaves it unquantized, with scale 1 and zero point 0.
+        scale_group: Scale group of each channel, dense from 0.
+        symmetric: Whether the levels are centred on zero.
+        clip_search: Whether to try shrunk ranges.
+        pruned: Weights that will be zero and so have no part in the fit.
+
+    Raises:
+        NumericalError: A weight is not finite, or a scale exceeds the largest float16.
+        ValueError: A width is out of range, or a scale group mixes widths or is missing.
+    """
+    if bad := int((~weight.isfinite()).sum()):
+        raise NumericalError(f"{bad} of {weight.numel()} weights are not finite: no grid fits them")
+    if pruned is not None:
+        # A pruned weight becomes a zero: every range includes zero and every grid represents it.
+        weight = weight.masked_fill(pruned, 0)
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    groups = int(scale_group.max()) + 1
+    scale = weight.new_ones(len(weight), groups)
+    zero_point = scale.new_zeros(scale.shape, dtype=torch.int32)
+    factors = weight.new_tensor(SHRINK_FACTORS if clip_search else SHRINK_FACTORS[:1])
+    for width, chosen, columns in _batches(bits, scale_group, groups):
+        chunks = 1 + len(factors) * len(weight) * columns.numel() // CHUNK_ELEMENTS
+        parts = [_fit(part[:, columns], width, symmetric, factors) for part in weight.chunk(chunks)]
+        scale[:, chosen] = torch.cat([part[0] for part in parts])
+        zero_point[:, chosen] = torch.cat([part[1] for part in parts])
+    if not scale.isfinite().all():
+        raise NumericalError(f"weights up to {weight.abs().max():.3g} need scales beyond float16")
+    return Grid(bits, scale_group, scale, zero_point)
+
+
+def _top(bits: Tensor) -> Tensor:
+    """Largest code of each width."""
+    return torch.exp2(bits.float()).to(torch.int32) - 1
+
+
+def _bits_per_group(
+    bits: UInt8[Tensor, "columns"], scale_group: Int32[Tensor, "columns"], groups: int
+) -> UInt8[Tensor, "scale_groups"]:
+    """Width of each scale group, after checking that it has exactly one."""
+    if not (((bits >= 1) & (bits <= MAX_BITS)) | (bits == UNQUANTIZED)).all():
+        raise ValueError(
+            f"bits must be 1 to {MAX_BITS} or {UNQUANTIZED}, not {sorted(set(bits.tolist()))}"
+        )
+    index = scale_group.long()
+    width = bits.new_zeros(groups)
+    width[index] = bits
+    if (width[index] != bits).any():
+        raise ValueError("channels of one scale group have different bits")
+    if missing := int((width == 0).sum()):
+        raise ValueError(f"{missing} of {groups} scale groups have no channel")
+    return width
+
+
+def _batches(
+    bits: UInt8[Tensor, "columns"], scale_group: Int32[Tensor, "columns"], groups: int
+) -> Iterator[tuple[int, Int64[Tensor, "chosen"], Int64[Tensor, "chosen size"]]]:
+    """Batch the quantized scale groups of equal width and size: width, groups, their channels.
+
+    A batch is a dense tensor, so its reductions are exact and deterministic on every device.
+    """
+    width = _bits_per_group(bits, scale_group, groups).long()
+    size = torch.bincount(scale_group, minlength=groups)
+    start = size.cumsum(0) - size
+    by_group = scale_group.argsort(stable=True)
+    for wide, long in sorted(set(zip(width.tolist(), size.tolist(), strict=True))):
+        if wide != UNQUANTIZED:
+            chosen = ((width == wide) & (size == long)).nonzero()[:, 0]
+            offset = torch.arange(long, device=chosen.device)
+            yield wide, chosen, by_group[start[chosen][:, None] + offset]
+
+
+def _fit(
+    weight: Float[Tensor, "rows groups size"],
+    bits: int,
+    symmetric: bool,
+    factors: Float[Tensor, "factors"],
+) -> tuple[Float[Tensor, "rows groups"], Int32[Tensor, "rows groups"]]:
+    """Scale and zero point of the best shrink factor for each row and group of one width."""
+    top = 2**bits - 1
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    shrink = factors[:, None, None]
+    scale = (shrink * ((high - low) / top)).half().to(weight.dtype).clamp(min=SMALLEST_SCALE)
+    scale = torch.where(high == low, 1.0, scale)
+    if symmetric:
+        zero = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        zero = (-low * shrink / scale).round().clamp(0, top)
+    if len(factors) == 1:
+        return scale[0], zero[0].to(torch.int32)
+    step, base = scale[..., None], zero[..., None]
+    level = (weight / step).round_().clamp_(-base, top - base)
+    error = level.mul_(step).sub_(weight).square_().sum(-1)
+    best = error.argmin(0, keepdim=True)
+    return scale.gather(0, best)[0], zero.gather(0, best)[0].to(torch.int32)

@@ -1,0 +1,100 @@
+"""Which weights to set to zero: how many, in which pattern, and the exact choice by score."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How many weights are pruned, and in which pattern.
+
+    Attributes:
+        ratio: Fraction of the weights that is pruned, 0 to 1.
+        n: Weights kept in every window of ``m`` consecutive channels in storage order.
+        m: Length of a window; 0 means unstructured.
+
+    Raises:
+        ValueError: The ratio is outside [0, 1], ``n`` is outside [0, m], or they disagree.
+    """
+
+    ratio: float
+    n: int = 0
+    m: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1:
+            raise ValueError(f"sparsity ratio {self.ratio} is outside [0, 1]")
+        if not 0 <= self.n <= self.m:
+            raise ValueError(f"pattern {self.n}:{self.m} keeps more weights than a window has")
+        if self.m and not math.isclose(self.ratio, (self.m - self.n) / self.m):
+            raise ValueError(f"ratio {self.ratio} is not that of the pattern {self.n}:{self.m}")
+
+    @classmethod
+    def structured(cls, n: int, m: int) -> "Sparsity":
+        """Keep ``n`` weights in every window of ``m`` consecutive channels.
+
+        Args:
+            n: Weights kept in a window.
+            m: Length of a window, at least 1.
+
+        Raises:
+            ValueError: The window is empty or keeps more than it has.
+        """
+        if m < 1:
+            raise ValueError(f"pattern {n}:{m} has an empty window")
+        return cls((m - n) / m, n, m)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.ratio == 0
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether the pattern is n:m."""
+        return self.m > 0
+
+    @property
+    def pattern_bits_per_weight(self) -> float:
+        """Bits that store the pattern: a bitmask, or the index of each window's choice."""
+        if self.is_dense:
+            return 0.0
+        if not self.is_structured:
+            return 1.0
+        return (math.comb(self.m, self.n) - 1).bit_length() / self.m
+
+
+def choose_pruned(
+    score: Float[Tensor, "rows columns"], sparsity: Sparsity
+) -> Bool[Tensor, "rows columns"]:
+    """Choose the weights with the smallest scores, exactly as many as asked.
+
+    Unstructured: round(ratio · rows · columns) over the whole tensor. n:m: m − n in every window
+    of m consecutive columns, the earlier channel first among equal scores. The same scores give
+    the same choice on the same device.
+
+    Args:
+        score: What is lost by pruning each weight; in storage order for n:m.
+        sparsity: How many and in which pattern.
+
+    Returns:
+        True where the weight is to be set to zero.
+
+    Raises:
+        ValueError: The columns cannot be cut into windows of m.
+    """
+    rows, columns = score.shape
+    pruned = torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    if sparsity.is_structured:
+        if columns % sparsity.m:
+            raise ValueError(f"{columns} columns cannot be cut into windows of {sparsity.m}")
+        windows = score.reshape(rows, -1, sparsity.m).argsort(dim=-1, stable=True)
+        least = windows[..., : sparsity.m - sparsity.n]
+        return pruned.view(windows.shape).scatter_(-1, least, value=True).view(rows, columns)
+    count = round(sparsity.ratio * score.numel())
+    least = score.flatten().topk(count, largest=False, sorted=False).indices
+    return pruned.view(-1).index_fill_(0, least, value=True).view(rows, columns)

@@ -1,0 +1,232 @@
+"""The sweep: prune and quantize one channel after another, each time correcting the channels left.
+
+SparseGPT (arXiv:2301.00774) and GPTQ (arXiv:2210.17323) in the form of Babai's nearest plane
+(arXiv:2507.18553). With H′ = R Rᵀ, R upper triangular, and E = W − Ŵ the loss is ‖E R‖². Column j
+of E R is R_jj (w_j − ŵ_j) + Σ_{i<j} R_ij (w_i − ŵ_i), so once the channels before j are fixed, the
+best value of channel j is
+
+    t_j = w_j + Σ_{i<j} R_ij (w_i − ŵ_i) / R_jj
+
+and rounding it costs R_jj² (t_j − ŵ_j)². One factor serves every width and every linear of a site;
+nothing is inverted. The sums are matrix products by recursive halving.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int16, Int64
+from torch import Tensor
+
+from mi_experiments.errors import NumericalError
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.hessian import Factor
+from mi_experiments.method.pruning import Sparsity, choose_pruned
+
+
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """A linear after the sweep, in storage order.
+
+    Attributes:
+        weight: Final weights; exactly 0 where pruned, ``grid.decode(codes)`` where quantized.
+        codes: Codes of the quantized channels, 0 in the others; None where no channel is quantized.
+        pruned: True where the weight was set to zero.
+        loss: ‖(W − Ŵ) R‖² of each row: the quadratic error under the damped Hessian.
+    """
+
+    weight: Float[Tensor, "rows columns"]
+    codes: Int16[Tensor, "rows columns"] | None
+    pruned: Bool[Tensor, "rows columns"]
+    loss: Float[Tensor, "rows"]
+
+
+@torch.no_grad()
+def sweep(
+    weight: Float[Tensor, "rows columns"],
+    factor: Factor,
+    *,
+    grid: Grid | None = None,
+    sparsity: Sparsity | None = None,
+    pruned: Bool[Tensor, "rows columns"] | None = None,
+    mask_block: int = 128,
+    leaf: int = 16,
+) -> Swept:
+    """Prune and quantize a linear so that its output changes little.
+
+    The arithmetic is done in the dtype of the factor. What is pruned is chosen at the start of each
+    ``mask_block`` consecutive sweep positions, by the saliency (w R_jj)² of the weights that are
+    optimal given what is already fixed (SparseGPT, section 3.3), exactly as many as asked.
+
+    Args:
+        weight: Weights in storage order; not modified.
+        factor: Factor of the damped Hessian, and the order of the sweep.
+        grid: Levels of the quantized channels; None quantizes nothing.
+        sparsity: How many weights to prune and in which pattern; None chooses none.
+        pruned: A pattern to use as it is, instead of ``sparsity``.
+        mask_block: Sweep positions whose pruned weights are chosen together.
+        leaf: Sweep positions that are corrected one by one; has no influence but on speed.
+
+    Returns:
+        The compressed linear; the input itself, bit for bit, where nothing is pruned or quantized.
+
+    Raises:
+        NumericalError: A weight is not finite, or the sweep has diverged.
+        ValueError: Both ``sparsity`` and ``pruned`` are given, or the sweep would tear apart the
+            windows of an n:m pattern.
+    """
+    if sparsity is not None and pruned is not None:
+        raise ValueError("give either a sparsity to choose a pattern for, or a pattern, not both")
+    if sparsity is not None and sparsity.is_dense:
+        sparsity = None
+    if sparsity is not None and sparsity.is_structured:
+        _check_windows(factor.order, sparsity.m, mask_block)
+    if bad := int((~weight.isfinite()).sum()):
+        raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
+    if pruned is None:
+        pruned = torch.zeros_like(weight, dtype=torch.bool)
+    if sparsity is None and not pruned.any() and (grid is None or not grid.quantized.any()):
+        # Nothing is rounded, so every target is the weight itself.
+        exact = weight.to(factor.upper.dtype, copy=True)
+        return Swept(exact, None, pruned, exact.new_zeros(len(exact)))
+    state = _Sweep(weight, factor, grid, pruned)
+
+    def block(low: int, high: int) -> None:
+        if sparsity is not None:
+            state.choose(low, high, sparsity)
+        _halve(low, high, leaf, state.fix, state.carry)
+
+    _halve(0, weight.shape[1], mask_block, block, state.carry)
+    return state.finish()
+
+
+class _Sweep:
+    """The sweep's tensors, transposed so that a channel is contiguous, in sweep order.
+
+    Attributes:
+        error: (W − Ŵ)ᵀ, where Ŵ of a channel not yet fixed counts as zero.
+        carried: (E R)ᵀ over the channels already fixed; of a fixed channel, its level (code − zero
+            point) if quantized, else its value.
+        pruned: The pattern as far as it is chosen.
+        loss: ‖E R‖² of each row, over the channels already fixed.
+    """
+
+    def __init__(
+        self,
+        weight: Float[Tensor, "rows columns"],
+        factor: Factor,
+        grid: Grid | None,
+        pruned: Bool[Tensor, "rows columns"],
+    ) -> None:
+        self.order, self.upper, self.grid = factor.order, factor.upper, grid
+        self.diagonal = self.upper.diagonal()[:, None]
+        self.error = weight.to(self.upper.dtype).index_select(1, self.order).T.contiguous()
+        self.carried = torch.zeros_like(self.error)
+        self.pruned = pruned.index_select(1, self.order).T.contiguous()
+        self.loss = self.error.new_zeros(len(weight))
+        self.quantized = [False] * len(self.order)
+        if grid is not None:
+            self.quantized = grid.quantized[self.order].tolist()
+            self.scale_group = grid.scale_group[self.order]
+            self.scale = grid.scale.T.to(self.upper.dtype).contiguous()
+            self.zero = grid.zero_point.T.to(self.upper.dtype).contiguous()
+            self.top = 2 ** grid.bits[self.order, None].to(self.upper.dtype) - 1
+
+    def choose(self, low: int, high: int, sparsity: Sparsity) -> None:
+        """Choose what to prune in a block, given all that is fixed before it.
+
+        The targets t_j are not what SparseGPT scores: they lack the corrections inside the block.
+        The weights that are optimal given the past solve E R = 0 on the block: W + (E R) R_BB⁻¹.
+        """
+        span = slice(low, high)
+        shift = torch.linalg.solve_triangular(
+            self.upper[span, span], self.carried[span].T, upper=True, left=False
+        )
+        saliency = ((self.error[span] + shift.T) * self.diagonal[span]).square_()
+        by_channel = self.order[span].argsort()
+        pruned = choose_pruned(saliency.index_select(0, by_channel).T, sparsity)
+        self.pruned[span].index_copy_(0, by_channel, pruned.T)
+
+    def carry(self, low: int, middle: int, high: int) -> None:
+        """Carry the errors of low…middle into the columns middle…high of E R."""
+        coupling = self.upper[low:middle, middle:high]
+        self.carried[middle:high].addmm_(coupling.T, self.error[low:middle])
+
+    def fix(self, low: int, high: int) -> None:
+        """Fix the channels of a leaf one after another."""
+        span = slice(low, high)
+        upper, diagonal = self.upper[span, span], self.diagonal[span]
+        error, carried, pruned = self.error[span], self.carried[span], self.pruned[span]
+        fixed = error.T
+        coupling = (upper / diagonal.T).unbind(1)
+        target = torch.addcdiv(error, carried, diagonal)
+        targets, errors, zeroed = target.unbind(0), error.unbind(0), pruned.unbind(0)
+        scale, least, most = self.levels(low, high)
+        for j, quantized in enumerate(self.quantized[low:high]):
+            if j:
+                targets[j].addmv_(fixed[:, :j], coupling[j][:j])
+            if quantized:
+                targets[j].div_(scale[j]).round_().clamp_(least[j], most[j])
+                errors[j].addcmul_(targets[j], scale[j], value=-1)
+            else:
+                errors[j].sub_(targets[j].masked_fill_(zeroed[j], 0))
+        self.loss += torch.addmm(carried, upper.T, error).square_().sum(0)
+        carried.copy_(target)
+
+    def levels(self, low: int, high: int) -> Iterator[tuple[Tensor, ...]]:
+        """Scale, least and greatest level of a leaf's channels; pruned weights have only 0."""
+        if not any(self.quantized[low:high]):
+            return iter(((), (), ()))
+        group = self.scale_group[low:high]
+        least = self.zero.index_select(0, group).neg_()
+        most = (least + self.top[low:high]).masked_fill_(self.pruned[low:high], 0)
+        least.masked_fill_(self.pruned[low:high], 0)
+        return (rows.unbind(0) for rows in (self.scale.index_select(0, group), least, most))
+
+    def finish(self) -> Swept:
+        """Bring the result into storage order."""
+        if not self.loss.isfinite().all():
+            raise NumericalError("the sweep diverged: its loss is not finite; raise the damping")
+        position = self.order.argsort()
+        pruned = self.pruned.index_select(0, position).T.contiguous()
+        value, codes = self.carried.index_select(0, position), None
+        if self.grid is not None and any(self.quantized):
+            # The zero point is 0 and the scale 1 where nothing is quantized.
+            zero = self.zero.index_select(0, self.grid.scale_group)
+            exact = value.add_(zero).to(torch.int16)
+            codes = exact.masked_fill_(~self.grid.quantized[:, None], 0).T.contiguous()
+            value.sub_(zero).mul_(self.scale.index_select(0, self.grid.scale_group))
+        return Swept(value.T.contiguous(), codes, pruned, self.loss)
+
+
+def _halve(
+    low: int,
+    high: int,
+    unit: int,
+    visit: Callable[[int, int], None],
+    carry: Callable[[int, int, int], None],
+) -> None:
+    """Visit low…high in pieces of ``unit``, carrying from each left half into its right half.
+
+    When a piece is visited everything before it has been carried into it, in few large products.
+    """
+    pieces = -(-(high - low) // unit)
+    if pieces <= 1:
+        visit(low, high)
+        return
+    middle = low + (pieces + 1) // 2 * unit
+    _halve(low, middle, unit, visit, carry)
+    carry(low, middle, high)
+    _halve(middle, high, unit, visit, carry)
+
+
+def _check_windows(order: Int64[Tensor, "columns"], m: int, mask_block: int) -> None:
+    """Refuse a sweep order that spreads a window of m channels over several mask blocks."""
+    if len(order) % m:
+        raise ValueError(f"{len(order)} columns cannot be cut into windows of {m}")
+    block = (order.argsort() // mask_block).view(-1, m)
+    if (block != block[:, :1]).any():
+        raise ValueError(
+            f"windows of {m} channels lie in several mask blocks of {mask_block} sweep positions: "
+            f"take a multiple of {m} and an order that moves windows whole"
+        )

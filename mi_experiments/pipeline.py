@@ -1,0 +1,212 @@
+"""compress_model: the sequential layer pipeline.
+
+Blocks are compressed in order, each on the outputs of the compressed blocks before it, and inside
+a block (true-sequential) each site on the outputs of the compressed linears before it. A site's
+Hessian and its one Cholesky factor serve all linears that read it.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mi_experiments.config import UNQUANTIZED, Config, GridFit, Scope
+from mi_experiments.llm.blocks import Block, Site, walk_blocks
+from mi_experiments.llm.export import LinearGrid
+from mi_experiments.llm.inventory import LinearView
+from mi_experiments.measure import measure_hessians, site_context
+from mi_experiments.method.audit import audit_linear
+from mi_experiments.method.grid import Grid, fit_grid
+from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
+from mi_experiments.method.information import total_correlation
+from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.sparsegpt import Swept, sweep
+from mi_experiments.method.storage import count_storage
+from mi_experiments.plan import LinearPlan, Plan
+from mi_experiments.record import LinearReport
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What the linears of one site share: their Hessian, its factor and total correlation."""
+
+    hessian: Hessian
+    factor: Factor
+    total_correlation: float
+
+
+@dataclass(frozen=True)
+class CompressedLinear:
+    """One weight matrix after its sweep: the report, and the grids as an export writes them."""
+
+    report: LinearReport
+    grids: LinearGrid
+
+
+def compress_model(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "nsamples seqlen"],
+    plan: Plan,
+    config: Config,
+    on_linear: Callable[[LinearReport], None] = lambda report: None,
+) -> list[CompressedLinear]:
+    """Prune and quantize every linear of the model, in place.
+
+    Args:
+        model: changed in place, linear by linear.
+        calibration: token ids.
+        plan: groups and widths of every linear.
+        config: of the run.
+        on_linear: called after each linear, for progress and tracking.
+
+    Returns:
+        A report and the stored form of every linear, in order.
+
+    Raises:
+        NumericalError: activations that are not finite or a Hessian that cannot be factorized.
+        AuditError: a linear that does not keep a promise of its plan.
+    """
+    compressed: list[CompressedLinear] = []
+    walk = walk_blocks(
+        model,
+        calibration,
+        batch_size=config.dataset.batch_size,
+        ignore=tuple(config.model.ignore),
+        path=config.model.blocks,
+    )
+    for block in walk:
+        for sites in passes(block, config):
+            hessians = measure_hessians(block, sites, config)
+            for site in sites:
+                with site_context(block, site):
+                    statistics = factorize_site(hessians.pop(site.name), plan.sparsity, config)
+                    for linear in site.linears:
+                        compressed.append(compress_linear(linear, statistics, plan, config))
+                        on_linear(compressed[-1].report)
+    return compressed
+
+
+def passes(block: Block, config: Config) -> Iterable[list[Site]]:
+    """Sites measured in one pass: each alone when true-sequential, else all together."""
+    if config.recipe.true_sequential:
+        return [[site] for site in block.sites]
+    return [list(block.sites)]
+
+
+def factorize_site(hessian: Hessian, sparsity: Sparsity, config: Config) -> SiteStatistics:
+    """Factorize a site's Hessian in the order of the sweep, once for all its linears."""
+    order = sweep_order(hessian.diagonal, config.recipe.order, window=max(1, sparsity.m))
+    factor = factorize(hessian, damping=config.recipe.damping, order=order)
+    return SiteStatistics(hessian, factor, total_correlation(factor))
+
+
+def compress_linear(
+    linear: LinearView, statistics: SiteStatistics, plan: Plan, config: Config
+) -> CompressedLinear:
+    """Sweep one linear, write it back, and audit what was written."""
+    started = time.perf_counter()
+    linear_plan = plan.linears[linear.name]
+    original = linear.read_weight()
+    swept, grid = solve(original, statistics.factor, linear_plan, plan.sparsity, config)
+    linear.write_weight(swept.weight)
+    linear_budget = config.wbits.scope is Scope.linear
+    audit = audit_linear(
+        swept,
+        grid,
+        plan.sparsity,
+        original=original,
+        order=statistics.factor.order,
+        mask_block=config.sparsity.mask_block,
+        max_average_bits=plan.requested if linear_budget else None,
+        stored=linear.read_weight(),
+    )
+    storage = count_storage(
+        grid,
+        swept.pruned,
+        plan.sparsity,
+        linear_plan.channel_group,
+        symmetric=config.wbits.symmetric,
+    )
+    widths, channels = torch.unique(linear_plan.bits, return_counts=True)
+    information = plan.information.get(linear_plan.site)
+    untouched = grid is None and plan.sparsity.is_dense
+    report = LinearReport(
+        block=linear_plan.block,
+        name=linear.name,
+        site=linear_plan.site,
+        rows=linear.rows,
+        columns=linear.columns,
+        bits=dict(zip(widths.tolist(), channels.tolist(), strict=True)),
+        average_bits=audit.average_bits,
+        effective_bits=storage.effective_bits,
+        sparsity=audit.sparsity,
+        output_error=output_error(original, swept.weight, statistics.hessian),
+        levels=audit.levels_max,
+        groups=int(linear_plan.channel_group.max()) + 1,
+        pairwise_information=information.mean_pairwise if information else None,
+        information_noise=information.noise_mean if information else None,
+        redundancy=information.mean_redundancy if information else None,
+        total_correlation=statistics.total_correlation,
+        damping=statistics.factor.damping,
+        damping_attempts=statistics.factor.attempts,
+        dead_channels=int(statistics.hessian.dead.sum()),
+        tokens=statistics.hessian.tokens,
+        seconds=time.perf_counter() - started,
+        status="untouched" if untouched else "compressed",
+    )
+    return CompressedLinear(report, stored_form(swept, grid, linear_plan))
+
+
+def solve(
+    weight: Float[Tensor, "rows columns"],
+    factor: Factor,
+    linear_plan: LinearPlan,
+    sparsity: Sparsity,
+    config: Config,
+) -> tuple[Swept, Grid | None]:
+    """Prune and quantize one matrix as the recipe says; without either it stays as it is."""
+    block = config.sparsity.mask_block
+    bits = linear_plan.bits.to(weight.device)
+    scale_group = linear_plan.scale_group.to(weight.device)
+    quantized = bool((bits < UNQUANTIZED).any())
+    pruning = None if sparsity.is_dense else sparsity
+    fit = partial(fit_grid, symmetric=config.wbits.symmetric, clip_search=config.wbits.clip_search)
+    if not quantized:
+        return sweep(weight, factor, sparsity=pruning, mask_block=block), None
+    if pruning is None or config.recipe.grid_fit is GridFit.original:
+        grid = fit(weight, bits, scale_group)
+        return sweep(weight, factor, grid=grid, sparsity=pruning, mask_block=block), grid
+    first = sweep(weight, factor, sparsity=pruning, mask_block=block)
+    grid = fit(first.weight, bits, scale_group, pruned=first.pruned)
+    return sweep(weight, factor, grid=grid, pruned=first.pruned, mask_block=block), grid
+
+
+def stored_form(swept: Swept, grid: Grid | None, linear_plan: LinearPlan) -> LinearGrid:
+    """Return groups, grids and pattern of a linear on the CPU; without a grid, 16 bits."""
+    columns = len(linear_plan.bits)
+    rows = len(swept.weight)
+    return LinearGrid(
+        bits=linear_plan.bits,
+        channel_group=linear_plan.channel_group.int(),
+        scale_group=(grid.scale_group if grid else torch.zeros(columns)).int().cpu(),
+        scale=(grid.scale if grid else torch.ones(rows, 1)).float().cpu(),
+        zero_point=(grid.zero_point if grid else torch.zeros(rows, 1)).int().cpu(),
+        pruned=swept.pruned.cpu(),
+    )
+
+
+def output_error(
+    original: Float[Tensor, "rows columns"],
+    compressed: Float[Tensor, "rows columns"],
+    hessian: Hessian,
+) -> float:
+    """Return ‖(Ŵ − W)X‖² / ‖WX‖² on the inputs that the Hessian was measured on."""
+    change = compressed - original
+    energy = torch.sum(original @ hessian.matrix * original, dtype=torch.float64)
+    error = torch.sum(change @ hessian.matrix * change, dtype=torch.float64)
+    return float(error / energy) if energy > 0 else 0.0

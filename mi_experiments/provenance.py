@@ -1,0 +1,73 @@
+"""Where a run's numbers come from: versions, commit, machine, seeds and content hashes."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from mi_experiments.config import Config
+from mi_experiments.llm.corpora import token_hash
+from mi_experiments.llm.loading import ModelSource, content_hash
+from mi_experiments.record import Provenance
+
+NUMERICS_VERSION = 1
+"""Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
+
+LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
+
+SECRET = re.compile(r"hf_\w{8,}|sk-[\w-]{8,}|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+
+
+def measure_provenance(
+    config: Config,
+    source: ModelSource,
+    model: nn.Module,
+    calibration: Int[Tensor, "nsamples seqlen"],
+) -> Provenance:
+    """Collect the provenance of a run whose model and calibration tokens are loaded."""
+    device = next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return Provenance(
+        numerics_version=NUMERICS_VERSION,
+        versions={"python": platform.python_version()}
+        | {library: importlib.metadata.version(library) for library in LIBRARIES},
+        commit=checkout_commit(),
+        command=SECRET.sub("***", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        platform=f"{platform.platform()} {platform.processor()}".strip(),
+        device=name,
+        threads=torch.get_num_threads(),
+        seeds={
+            "run": config.seed,
+            "dataset": config.dataset.seed,
+            "n_groups": config.n_groups.seed,
+        },
+        model_files=content_hash(source.directory),
+        model_revision=source.commit,
+        calibration_sha256=token_hash(calibration),
+    )
+
+
+def checkout_commit() -> str | None:
+    """Return the commit of the checkout that holds the package, `+` if it has local changes."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return commit + ("+" if changed else "") if commit else None

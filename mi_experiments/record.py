@@ -1,0 +1,283 @@
+"""What a run leaves behind: frozen values, written as JSON and parquet, and read back.
+
+A run directory holds `result.json` (one `Result`), `linears.parquet` (a `LinearReport` a row),
+`run.log`, `.hydra/`, and with `export=dense` the compressed model and its grids.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+RESULT = "result.json"
+LINEARS = "linears.parquet"
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What happened to one weight matrix.
+
+    Attributes:
+        block: index of the decoder block.
+        name: name of the module in the model.
+        site: the linears that read the same input, as one name.
+        rows: output dimension.
+        columns: input dimension.
+        bits: number of channels at each width.
+        average_bits: mean width of the codes over all weights, recomputed from what is stored.
+        effective_bits: everything stored, per weight.
+        sparsity: share of weights that are exactly zero by the pattern.
+        output_error: ‖(Ŵ − W)X‖² / ‖WX‖² on the calibration inputs of the compressed model.
+        levels: most distinct values of one (row, scale group).
+        groups: number of channel groups.
+        pairwise_information: mean mutual information of two channels, nats; None if not measured.
+        information_noise: the same estimate on shuffled tokens, nats.
+        redundancy: mean of what the other channels know about a channel, nats.
+        total_correlation: of the site's channels, nats.
+        damping: share of the mean diagonal that was added to the Hessian in the end.
+        damping_attempts: all shares that were tried.
+        dead_channels: channels that are zero on every calibration token.
+        tokens: calibration tokens that the linear saw.
+        seconds: time of its grid fits and sweeps.
+        status: `compressed`, or `untouched` where neither bits nor sparsity were asked.
+    """
+
+    block: int
+    name: str
+    site: str
+    rows: int
+    columns: int
+    bits: dict[int, int]
+    average_bits: float
+    effective_bits: float
+    sparsity: float
+    output_error: float
+    levels: int
+    groups: int
+    pairwise_information: float | None
+    information_noise: float | None
+    redundancy: float | None
+    total_correlation: float
+    damping: float
+    damping_attempts: tuple[float, ...]
+    dead_channels: int
+    tokens: int
+    seconds: float
+    status: str
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of one model on one text.
+
+    Attributes:
+        protocol: name of the evaluation protocol.
+        windows: how the text was cut: `joined` or `documents`.
+        seqlen: tokens in a window, at most.
+        nll: mean negative log-likelihood per predicted token, nats.
+        perplexity: exp(nll).
+        standard_error: of `nll`, over windows, nats; None for one window.
+        tokens: predicted tokens.
+        count: windows.
+        dropped_tokens: tokens at the end that filled no window.
+        tokens_sha256: content hash of the windows.
+        floor: perplexity of the true distribution on the same tokens, where it is known.
+    """
+
+    protocol: str
+    windows: str
+    seqlen: int
+    nll: float
+    perplexity: float
+    standard_error: float | None
+    tokens: int
+    count: int
+    dropped_tokens: int
+    tokens_sha256: str
+    floor: float | None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers come from.
+
+    Attributes:
+        numerics_version: raised whenever a change may move a number.
+        versions: of Python and the libraries that compute.
+        commit: of the checkout, with `+` where it had local changes; None without a checkout.
+        command: the command line.
+        started: UTC time, ISO 8601.
+        platform: operating system and processor.
+        device: what the model ran on.
+        threads: of the CPU mathematics.
+        seeds: by purpose.
+        model_files: SHA-256 of each file of the model.
+        model_revision: commit that a hub id resolved to; None for a directory.
+        calibration_sha256: content hash of the calibration tokens.
+    """
+
+    numerics_version: int
+    versions: dict[str, str]
+    commit: str | None
+    command: str
+    started: str
+    platform: str
+    device: str
+    threads: int
+    seeds: dict[str, int]
+    model_files: dict[str, str]
+    model_revision: str | None
+    calibration_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The budget: asked for, met in codes, and with everything that is stored; bits per weight."""
+
+    requested: float
+    average: float
+    effective: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run.
+
+    Attributes:
+        status: `completed` or `failed`.
+        error: the one line of a failed run.
+        config: what was asked.
+        provenance: where the numbers come from; None if the run failed before it was known.
+        dense: evaluation of the model as loaded, by text.
+        compressed: evaluation of the compressed model, by text.
+        bits: the budget over all compressed linears; None until they are compressed.
+        sparsity: share of their weights that are zero by the pattern.
+        weights: number of weights of the compressed linears.
+        coverage: compressed share of all block weights of two or more dimensions.
+        memory: peak bytes of host and accelerator.
+        seconds: by phase.
+    """
+
+    status: str
+    error: str | None
+    config: dict[str, Any]
+    provenance: Provenance | None
+    dense: dict[str, Evaluation]
+    compressed: dict[str, Evaluation]
+    bits: Bits | None
+    sparsity: float | None
+    weights: int | None
+    coverage: float | None
+    memory: dict[str, int]
+    seconds: dict[str, float]
+
+
+def write_result(result: Result, run_dir: Path) -> None:
+    """Write `result.json` atomically."""
+    text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
+    write_atomically(run_dir / RESULT, (text + "\n").encode())
+
+
+def read_result(run_dir: Path) -> Result:
+    """Read `result.json` back as the value it was written from."""
+    data = json.loads((run_dir / RESULT).read_text())
+    for key in ("dense", "compressed"):
+        data[key] = {name: Evaluation(**entry) for name, entry in data[key].items()}
+    data["provenance"] = data["provenance"] and Provenance(**data["provenance"])
+    data["bits"] = data["bits"] and Bits(**data["bits"])
+    return Result(**data)
+
+
+LINEAR_SCHEMA = pa.schema([
+    ("block", pa.int64()),
+    ("name", pa.string()),
+    ("site", pa.string()),
+    ("rows", pa.int64()),
+    ("columns", pa.int64()),
+    ("bits", pa.map_(pa.int64(), pa.int64())),
+    ("average_bits", pa.float64()),
+    ("effective_bits", pa.float64()),
+    ("sparsity", pa.float64()),
+    ("output_error", pa.float64()),
+    ("levels", pa.int64()),
+    ("groups", pa.int64()),
+    ("pairwise_information", pa.float64()),
+    ("information_noise", pa.float64()),
+    ("redundancy", pa.float64()),
+    ("total_correlation", pa.float64()),
+    ("damping", pa.float64()),
+    ("damping_attempts", pa.list_(pa.float64())),
+    ("dead_channels", pa.int64()),
+    ("tokens", pa.int64()),
+    ("seconds", pa.float64()),
+    ("status", pa.string()),
+])
+
+
+def write_linears(linears: Sequence[LinearReport], run_dir: Path) -> None:
+    """Write `linears.parquet` atomically, a row a linear."""
+    rows = [dataclasses.asdict(linear) | {"bits": list(linear.bits.items())} for linear in linears]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=LINEAR_SCHEMA), sink)
+    write_atomically(run_dir / LINEARS, sink.getvalue().to_pybytes())
+
+
+def read_linears(run_dir: Path) -> list[LinearReport]:
+    """Read `linears.parquet` back as the values it was written from."""
+    rows = pq.read_table(run_dir / LINEARS, schema=LINEAR_SCHEMA).to_pylist()
+    return [
+        LinearReport(
+            **row | {"bits": dict(row["bits"]), "damping_attempts": tuple(row["damping_attempts"])}
+        )
+        for row in rows
+    ]
+
+
+def linears_frame(linears: Sequence[LinearReport]) -> pd.DataFrame:
+    """Return the reports as a table, a row a linear."""
+    return pd.DataFrame([dataclasses.asdict(linear) for linear in linears])
+
+
+def total_bits(linears: Sequence[LinearReport], requested: float) -> Bits:
+    """Average over all weights of all linears."""
+    return Bits(
+        requested=requested,
+        average=weighted_mean(linears, {linear.name: linear.average_bits for linear in linears}),
+        effective=weighted_mean(
+            linears, {linear.name: linear.effective_bits for linear in linears}
+        ),
+    )
+
+
+def weighted_mean(linears: Sequence[LinearReport], values: Mapping[str, float]) -> float:
+    """Mean of a value per linear, weighted by the number of its weights."""
+    weights = sum(linear.weights for linear in linears)
+    return sum(values[linear.name] * linear.weights for linear in linears) / weights
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all: temporary sibling, fsync, rename."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,333 @@
+"""Weights & Biases: a second home of a run's records, never their source and never its end.
+
+The files of the run directory are the truth. Whatever the client does (no network, a rejected
+key, an exception, no answer) becomes one line in `Tracker.fallback`, and the run goes on. Nothing
+here asks for a key, and without one nothing touches the network: the records lie in a folder that
+`wandb leet` shows and `wandb sync` uploads.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import shlex
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import wandb
+
+from mi_experiments.composing import to_plain
+from mi_experiments.config import Config, TrackingMode
+from mi_experiments.record import Evaluation, LinearReport, Result, weighted_mean
+
+log = logging.getLogger(__name__)
+
+METRICS = (
+    "average_bits",
+    "effective_bits",
+    "output_error",
+    "sparsity",
+    "total_correlation",
+    "pairwise_information",
+    "redundancy",
+    "seconds",
+)
+"""What is drawn over the linears and over the blocks."""
+
+CALL_SECONDS = 30.0
+"""Longest wait for the client to take a record, to look for a key, or to shut down."""
+
+UPLOAD_SECONDS = 60
+"""Longest wait for the last records of an online run to arrive at the server."""
+
+TOKEN = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|\bwandb_v\d_\w+|(?<=://)[^/@\s]+(?=@)")
+HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
+
+
+class Tracker:
+    """One run's records in Weights & Biases; a context manager that closes them.
+
+    Attributes:
+        mode: `online`, `offline` or `disabled`: what it really is.
+        fallback: one line when that is not what was asked, or when recording stopped.
+        directory: folder of this run's records on disk; None if there are none.
+    """
+
+    def __init__(self, run: Any, mode: str, fallback: str | None = None) -> None:
+        self.mode = mode
+        self.fallback = fallback
+        self.directory = Path(run.dir).parent if run is not None else None
+        self._run = run
+        self._url = run.url if run is not None else None
+        self._linears = 0
+        self._block: list[LinearReport] = []
+        if fallback:
+            log.warning("%s", fallback)
+
+    @classmethod
+    def open(cls, config: Config, run_dir: Path, *, sweep_dir: Path | None, job: str) -> "Tracker":
+        """Start the records of a run, online if asked and possible, else offline.
+
+        Args:
+            config: of the run; what it sends is scrubbed of secrets.
+            run_dir: of the run.
+            sweep_dir: of its multirun, whose runs share one folder; None for a single run.
+            job: name of the run.
+        """
+        asked = asked_mode(config.tracking.mode)
+        if asked == "disabled":
+            return cls(None, mode="disabled")
+        # The client reports its own errors over the network, even from offline runs.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        options = describe_run(config, run_dir, sweep_dir, job)
+        timeout = config.tracking.init_timeout
+        reason = None
+        if asked != "offline":
+            found, reason = attempt(has_key, CALL_SECONDS)
+            if found:
+                run, reason = start("online", options, timeout)
+                if run is not None:
+                    return cls(run, mode="online")
+                for unfinished in Path(options["dir"], "wandb").glob(f"run-*-{options['id']}"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            elif asked == "online":
+                reason = reason or "no API key was found (wandb login)"
+        run, failure = start("offline", options, timeout)
+        if run is None:
+            return cls(None, mode="disabled", fallback=f"W&B records nothing: {failure}")
+        return cls(run, mode="offline", fallback=f"W&B is offline: {reason}" if reason else None)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._close(exit_code=0 if kind is None else 1)
+
+    def log_linear(self, report: LinearReport) -> None:
+        """Add a point to the `layer/*` curves, and to the `block/*` curves per complete block."""
+        if self._block and self._block[0].block != report.block:
+            self._log_block()
+        values = {name: getattr(report, name) for name in METRICS}
+        row = {f"layer/{name}": value for name, value in values.items() if value is not None}
+        row["layer"] = self._linears
+        self._call(lambda run: run.log(row))
+        self._linears += 1
+        self._block.append(report)
+
+    def log_evaluation(self, phase: str, name: str, evaluation: Evaluation) -> None:
+        """Put the perplexity of one text into the summary; `phase` is `dense` or `compressed`."""
+        perplexity = {f"{phase}/{name}/perplexity": evaluation.perplexity}
+        self._call(lambda run: run.summary.update(perplexity))
+
+    def finish(self, result: Result, linears: Sequence[LinearReport]) -> None:
+        """Record summary and tables, and close the run; as failed if it did not complete."""
+        if self._block and result.bits is not None:
+            self._log_block()
+        summary = summary_of(result)
+        self._call(lambda run: run.summary.update(summary))
+        if linears:
+            self._call(lambda run: run.log(tables_of(linears)))
+        self._close(exit_code=0 if result.status == "completed" else 1)
+
+    def commands(self) -> list[str]:
+        """Return what to type, or the address to open, to look at the records."""
+        if self.directory is None:
+            return []
+        upload = f"wandb sync {shlex.quote(str(self.directory))}"
+        if self._url is not None:
+            return [self._url, upload] if self.fallback else [self._url]
+        return [f"wandb leet {shlex.quote(str(self.directory.parent))}", upload]
+
+    def _log_block(self) -> None:
+        """Record the means over the linears of a block by their weights, and its seconds."""
+        linears, self._block = self._block, []
+        row: dict[str, Any] = {"block": linears[0].block}
+        for metric in METRICS:
+            values = {linear.name: getattr(linear, metric) for linear in linears}
+            if None not in values.values():
+                row[f"block/{metric}"] = weighted_mean(linears, values)
+        row["block/seconds"] = sum(linear.seconds for linear in linears)
+        self._call(lambda run: run.log(row))
+
+    def _call(self, record: Callable[[Any], object]) -> None:
+        """Hand records to the client; after the first failure, record nothing more."""
+        run = self._run
+        if run is not None:
+            _, failure = attempt(lambda: record(run), CALL_SECONDS)
+            if failure:
+                self._give_up(failure)
+
+    def _close(self, exit_code: int) -> None:
+        run = self._run
+        if run is not None:
+            seconds = UPLOAD_SECONDS + CALL_SECONDS
+            _, failure = attempt(lambda: run.finish(exit_code=exit_code), seconds)
+            self._run = None
+            if failure:
+                self._give_up(failure)
+
+    def _give_up(self, failure: str) -> None:
+        self._run = None
+        stopped = f"W&B stopped recording: {failure}"
+        self.fallback = f"{self.fallback}; {stopped}" if self.fallback else stopped
+        log.warning("%s", stopped)
+        stop_client()
+
+
+def asked_mode(mode: TrackingMode) -> str:
+    """Return the configured mode; under `auto` that of the environment variable WANDB_MODE."""
+    if mode is not TrackingMode.auto:
+        return mode.name
+    known = {"run": "online", "dryrun": "offline"} | {m.name: m.name for m in TrackingMode}
+    return known.get(os.environ.get("WANDB_MODE", ""), "auto")
+
+
+def has_key() -> bool:
+    """Say whether the client has a key, without asking for one and without the network."""
+    wandb.finish()  # beside an open run the client would answer False
+    wandb.setup(settings=wandb.Settings(silent=True, mode="online"))
+    return wandb.login(prompt=False, verify=False)
+
+
+def start(
+    mode: Literal["online", "offline"], options: dict[str, Any], timeout: int
+) -> tuple[Any, str | None]:
+    """Start a run and its curves; return it, or None and in one line why it did not start."""
+
+    def begin() -> Any:
+        wandb.setup(settings=wandb.Settings(silent=True))
+        run = wandb.init(mode=mode, settings=private_settings(timeout), **options)
+        for axis in ("layer", "block"):
+            run.define_metric(axis, summary="none")
+            run.define_metric(f"{axis}/*", step_metric=axis, summary="none")
+        return run
+
+    run, failure = attempt(begin, timeout + CALL_SECONDS)
+    if failure:
+        stop_client()
+    return run, failure
+
+
+def stop_client() -> None:
+    """Shut the client's service down, so that the next run starts with a sound one."""
+    attempt(lambda: wandb.teardown(exit_code=1), CALL_SECONDS)
+
+
+def attempt(action: Callable[[], Any], seconds: float) -> tuple[Any, str | None]:
+    """Call the client in a thread, which may fail or hang without taking the run with it.
+
+    Returns:
+        What the action returned and None; or None and in one line why it returned nothing.
+    """
+    outcome: list[tuple[Any, str | None]] = [(None, f"no answer within {seconds:g} s")]
+
+    def work() -> None:
+        try:
+            outcome.append((action(), None))
+        except BaseException as error:  # noqa: BLE001 - nothing the client raises may end the run
+            first = (str(error).strip() or "no message").splitlines()[0]
+            outcome.append((None, scrub(f"{type(error).__name__}: {first}")))
+
+    thread = threading.Thread(target=work, name="wandb", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[-1]
+
+
+def private_settings(timeout: int) -> wandb.Settings:
+    """Return settings that keep the terminal clean and the machine's details out of the records."""
+    return wandb.Settings(
+        init_timeout=timeout,
+        finish_timeout=UPLOAD_SECONDS,
+        finish_timeout_raises=True,
+        use_dot_wandb=False,
+        silent=True,
+        console="off",
+        host="",
+        save_code=False,
+        disable_git=True,
+        x_disable_meta=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+    )
+
+
+def describe_run(config: Config, run_dir: Path, sweep_dir: Path | None, job: str) -> dict[str, Any]:
+    """Return where a run belongs and what is sent of its config: the axes flat, and all of it."""
+    axes = {
+        "model": config.model.name,
+        "nsamples": config.dataset.nsamples,
+        "sparsity": config.sparsity.ratio,
+        "wbits": config.wbits.average,
+        "n_groups": config.n_groups.count,
+        "grouping": config.n_groups.grouping.name,
+        "seed": config.seed,
+    }
+    tags = scrub([*config.tracking.tags, axes["model"], axes["grouping"]])
+    return {
+        "id": secrets.token_hex(4),
+        "dir": str(sweep_dir or run_dir),
+        "project": config.tracking.project,
+        "entity": config.tracking.entity,
+        "group": sweep_name(sweep_dir) if sweep_dir else None,
+        "job_type": "compress",
+        "name": scrub(job),
+        "tags": [tag[:64] for tag in dict.fromkeys(tags) if tag],
+        "config": scrub(axes | {"config": to_plain(config)}),
+        "reinit": "finish_previous",
+    }
+
+
+def sweep_name(sweep_dir: Path) -> str:
+    """Return the path of a multirun below `sweeps/` as one word of at most 80 characters."""
+    path = sweep_dir.resolve().as_posix()
+    name = path.rpartition("/sweeps/")[2] if "/sweeps/" in path else sweep_dir.name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-80:]
+
+
+def scrub(value: Any, key: str = "") -> Any:
+    """Mask tokens, API keys and the user part of addresses in plain data.
+
+    A `revision` may be a commit, which looks like an API key and is none.
+    """
+    if isinstance(value, dict):
+        return {name: scrub(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [scrub(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = TOKEN.sub("***", value)
+    return value if key == "revision" else HEX_KEY.sub("***", value)
+
+
+def summary_of(result: Result) -> dict[str, Any]:
+    """Return the numbers of a run as flat keys, those that are known."""
+    summary = {"status": result.status, "error": scrub(result.error), "sparsity": result.sparsity}
+    for phase, texts in (("dense", result.dense), ("compressed", result.compressed)):
+        summary |= {f"{phase}/{name}/perplexity": e.perplexity for name, e in texts.items()}
+    if result.bits is not None:
+        summary |= {f"bits/{name}": value for name, value in vars(result.bits).items()}
+    summary |= {f"seconds/{name}": value for name, value in result.seconds.items()}
+    return {name: value for name, value in summary.items() if value is not None}
+
+
+def tables_of(linears: Sequence[LinearReport]) -> dict[str, wandb.Table]:
+    """Return the linears, a row each, and the number of channels by block and width."""
+    rows = [
+        [json.dumps(v) if isinstance(v, dict | tuple) else v for v in vars(linear).values()]
+        for linear in linears
+    ]
+    channels: Counter[tuple[int, int]] = Counter()
+    for linear in linears:
+        channels.update({(linear.block, width): n for width, n in linear.bits.items()})
+    histogram = [[block, width, n] for (block, width), n in sorted(channels.items())]
+    return {
+        "linears": wandb.Table(columns=list(vars(linears[0])), data=rows),
+        "bit_histogram": wandb.Table(columns=["block", "width", "channels"], data=histogram),
+    }

@@ -1,0 +1,286 @@
+"""mi-run as a person types it: what it writes, and the one line that bad input gets."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mi_experiments.commands.run import main
+from mi_experiments.record import read_linears, read_result
+
+SMALL = ["dataset.nsamples=4", "dataset.batch_size=2", "tracking=disabled", "n_groups.count=2"]
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def mi_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Ended]:
+    """Run `mi-run` with arguments, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["mi-run", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = int(left.code or 0)
+        captured = capfd.readouterr()
+        return Ended(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Write a small .jsonl corpus of different documents."""
+    path = tmp_path / "corpus.jsonl"
+    lines = [
+        json.dumps({"text": " ".join(f"{word * (i + 7) % 9973:x}" for word in range(1, 60))})
+        for i in range(40)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def local(tiny_directory: Path, text: Path) -> list[str]:
+    """Give the arguments of a run on a tiny directory and text."""
+    return [
+        "model=local",
+        f"model.path={tiny_directory}",
+        "model.seqlen=32",
+        "dataset=text",
+        f"dataset.path={text}",
+        "evaluation.datasets.text.max_windows=4",
+        *SMALL,
+    ]
+
+
+def run_directories(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.rglob("result.json"))
+
+
+def test_a_run_leaves_its_records(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    ended = mi_run(*local)
+    assert ended.code == 0, ended.err
+    (directory,) = run_directories(Path("outputs"))
+    assert {path.name for path in directory.iterdir()} >= {
+        ".hydra", "run.log", "result.json", "linears.parquet", "plan.safetensors",
+    }  # fmt: skip
+    result, linears = read_result(directory), read_linears(directory)
+    assert result.status == "completed"
+    assert result.bits is not None
+    assert result.bits.requested == 4.0
+    weights = sum(linear.weights for linear in linears)
+    average = sum(
+        linear.rows * sum(bits * channels for bits, channels in linear.bits.items())
+        for linear in linears
+    )
+    assert result.bits.average == pytest.approx(average / weights, rel=1e-12)
+    assert result.bits.average <= 4.0
+    assert result.sparsity == 0.5
+    assert result.coverage == 1.0
+    assert result.weights == weights
+    for phase in ("load", "evaluate dense", "plan", "compress", "evaluate compressed"):
+        assert result.seconds[phase] > 0
+    assert f"{result.dense['text'].perplexity:.4f}" in ended.out
+    assert str(directory.absolute()) in ended.out
+
+
+def test_two_runs_are_identical(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    assert mi_run(*local).code == mi_run(*local).code == 0
+    first, second = map(read_result, run_directories(Path("outputs")))
+    assert first.dense == second.dense
+    assert first.compressed == second.compressed
+    left, right = (
+        [(linear.name, linear.bits, linear.output_error) for linear in read_linears(directory)]
+        for directory in run_directories(Path("outputs"))
+    )
+    assert left == right
+
+
+def test_one_file_for_both_is_split(
+    mi_run: Callable[..., Ended], local: list[str], text: Path
+) -> None:
+    other = text.with_name("other.jsonl")
+    other.write_bytes(text.read_bytes())
+    assert mi_run(*local, "sparsity=dense", "wbits=unquantized").code == 0
+    separate = [*local, f"evaluation.datasets.text.path={other}"]
+    assert mi_run(*separate, "sparsity=dense", "wbits=unquantized").code == 0
+    shared, whole = map(read_result, run_directories(Path("outputs")))
+    assert shared.provenance is not None
+    assert whole.provenance is not None
+    assert shared.provenance.calibration_sha256 != whole.provenance.calibration_sha256
+    assert shared.dense["text"].tokens_sha256 != whole.dense["text"].tokens_sha256
+
+
+def test_nothing_asked_changes_nothing(
+    mi_run: Callable[..., Ended], local: list[str], tiny_directory: Path
+) -> None:
+    ended = mi_run(*local, "sparsity=dense", "wbits=unquantized", "export=dense")
+    assert ended.code == 0, ended.err
+    (directory,) = run_directories(Path("outputs"))
+    result = read_result(directory)
+    assert result.compressed == result.dense
+    before = load_file(tiny_directory / "model.safetensors")
+    after = load_file(directory / "model" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["wbits.average=3.25", "n_groups.multiple=1", "wbits.group_size=8"],
+        ["wbits=uniform", "wbits.average=3", "sparsity=dense", "wbits.symmetric=true"],
+        ["sparsity=semistructured_2_4", "n_groups=redundancy"],
+        ["wbits.scope=model", "wbits.cost=relative", "n_groups=random", "sparsity.ratio=0.3"],
+        ["wbits=unquantized", "sparsity.mask_block=16", "recipe=textbook"],
+    ],
+    ids=["fraction", "symmetric", "2:4", "model-scope", "prune-only"],
+)
+def test_the_bits_can_be_recomputed_from_the_export_alone(
+    mi_run: Callable[..., Ended], local: list[str], choice: list[str]
+) -> None:
+    ended = mi_run(*local, *choice, "export=dense")
+    assert ended.code == 0, ended.err
+    (directory,) = run_directories(Path("outputs"))
+    result = read_result(directory)
+    assert result.bits is not None
+    grids = load_file(directory / "grids.safetensors")
+    weights = load_file(directory / "model" / "model.safetensors")
+    names = sorted(key.removesuffix(".bits") for key in grids if key.endswith(".bits"))
+    assert len(names) == len(read_linears(directory))
+    total = spent = zeros = 0
+    for name in names:
+        grid = {
+            key: grids[f"{name}.{key}"]
+            for key in ("bits", "channel_group", "scale_group", "scale", "zero_point", "pruned")
+        }
+        weight = weights[f"{name}.weight"]
+        assert (weight[grid["pruned"]] == 0).all()
+        scale = grid["scale"][:, grid["scale_group"]]
+        zero = grid["zero_point"][:, grid["scale_group"]]
+        quantized = (grid["bits"] < 16) & ~grid["pruned"]
+        code = np.rint(weight / scale) + zero
+        assert (np.float32(scale * (code - zero)) == weight)[quantized].all()
+        top = np.broadcast_to(2.0 ** grid["bits"] - 1, weight.shape)
+        assert ((code >= 0) & (code <= top))[quantized].all()
+        total += weight.size
+        spent += int(grid["bits"].astype(int).sum()) * len(weight)
+        zeros += int(grid["pruned"].sum())
+    assert spent / total == pytest.approx(result.bits.average, rel=1e-12)
+    assert spent / total <= result.bits.requested
+    assert zeros / total == pytest.approx(result.sparsity, rel=1e-12)
+
+
+def test_a_sweep_runs_every_job_in_its_own_directory(
+    mi_run: Callable[..., Ended], local: list[str]
+) -> None:
+    ended = mi_run("-m", *local, "wbits.average=3,5", "seed=0,1")
+    assert ended.code == 0, ended.err
+    results = [read_result(directory) for directory in run_directories(Path("sweeps"))]
+    asked = {(result.config["wbits"]["average"], result.config["seed"]) for result in results}
+    assert asked == {(3.0, 0), (3.0, 1), (5.0, 0), (5.0, 1)}
+
+
+def test_one_failing_job_stops_no_other(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    ended = mi_run("-m", *local, "n_groups.count=2,1000,3")
+    assert ended.code == 2
+    assert "n_groups.count=1000" in ended.err
+    results = [read_result(directory) for directory in run_directories(Path("sweeps"))]
+    assert [result.status for result in results] == ["completed", "failed", "completed"]
+    assert "n_groups.count=1000" in (results[1].error or "")
+    assert results[1].dense != {}
+
+
+def test_dry_run_computes_nothing(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    ended = mi_run(*local, "dry_run=true", "n_groups.multiple=1")
+    assert ended.code == 0, ended.err
+    assert "self_attn.q_proj+k_proj+v_proj" in ended.out
+    assert run_directories(Path()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("wbits.average=1", ["wbits.average=1", "2 to 8"]),
+        ("sparsity.ratio=1.5", ["sparsity.ratio=1.5", "0 to 1"]),
+        ("wbits.avarage=3", ["wbits.avarage", "did you mean wbits.average?"]),
+        ("model=resnet", ["model", "resnet", "embedded"]),
+        ("model.path=/nowhere/at/all", ["model.path=/nowhere/at/all", "not a directory"]),
+        ("model.path=org/model", ["model.path=org/model", "model.offline=true"]),
+        ("dataset.nsamples=100000", ["100000", "tokens"]),
+        ("n_groups.count=1000", ["n_groups.count=1000", "channels"]),
+        ("dataset.path=/nowhere.txt", ["/nowhere.txt", "no such file"]),
+        ("hydra.run.dir=/dev/null/x", ["/dev/null"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    mi_run: Callable[..., Ended], local: list[str], override: str, parts: list[str]
+) -> None:
+    key = override.split("=", maxsplit=1)[0]
+    ended = mi_run(*[given for given in local if not given.startswith(f"{key}=")], override)
+    assert ended.code == 2
+    lines = ended.err.strip().splitlines()
+    assert len(lines) == 1, ended.err
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_empty_text_and_broken_weights_are_one_line(
+    mi_run: Callable[..., Ended], local: list[str], text: Path, tiny_directory: Path
+) -> None:
+    empty = text.with_name("empty.txt")
+    empty.write_text("")
+    ended = mi_run(*local, f"dataset.path={empty}")
+    assert (ended.code, len(ended.err.strip().splitlines())) == (2, 1)
+    assert "empty" in ended.err
+    weights = tiny_directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    ended = mi_run(*local)
+    assert (ended.code, len(ended.err.strip().splitlines())) == (2, 1)
+    assert "model.safetensors" in ended.err
+
+
+def test_a_run_directory_is_used_once(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    assert mi_run(*local, "hydra.run.dir=here").code == 0
+    before = read_result(Path("here"))
+    ended = mi_run(*local, "hydra.run.dir=here", "seed=3")
+    assert ended.code == 2
+    assert "already holds a run" in ended.err
+    assert read_result(Path("here")) == before
+
+
+def test_the_installed_command_works_from_anywhere(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("mi-run")
+    if not command.exists():
+        pytest.skip(f"{command} is not installed: pip install -e . puts it there")
+    done = subprocess.run(
+        [command, "--cfg", "job", "wbits.average=3.25"],
+        cwd=tmp_path, capture_output=True, text=True, check=True, env=dict(os.environ),
+    )  # fmt: skip
+    assert "average: 3.25" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_the_axes(mi_run: Callable[..., Ended]) -> None:
+    ended = mi_run("--help")
+    for word in ("n_groups:", "mutual_information", "wbits.average=4", "-sc install=bash"):
+        assert word in ended.out

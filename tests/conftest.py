@@ -1,0 +1,45 @@
+"""Shared fixtures: one thread, and tiny models built without a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Any]:
+    """Give the builder of tiny models: ``tiny_model("llama")``, names in tiny_models.py."""
+    # Imported late: tests of the mathematics need not wait for transformers.
+    from tiny_models import build_tiny_model
+
+    return build_tiny_model
+
+
+@pytest.fixture
+def tiny_tokens() -> Callable[..., torch.Tensor]:
+    """Give a builder of random token ids for the tiny models: ``tiny_tokens(nsamples, seqlen)``."""
+
+    def build(nsamples: int, seqlen: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(2, 128, (nsamples, seqlen), generator=generator)
+
+    return build
+
+
+@pytest.fixture
+def tiny_directory(tmp_path: Path) -> Path:
+    """Save a tiny Llama and a byte tokenizer as a hub-format directory."""
+    from tiny_models import build_byte_tokenizer, build_tiny_model
+
+    directory = tmp_path / "tiny-llama"
+    build_tiny_model("llama", vocab_size=260).save_pretrained(directory)
+    build_byte_tokenizer().save_pretrained(directory)
+    return directory

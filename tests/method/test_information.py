@@ -1,0 +1,248 @@
+"""Information equals its closed forms in nats, and its floor is what independence looks like."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from mi_experiments.method.hessian import HessianAccumulator, factorize
+from mi_experiments.method.information import (
+    INFORMATION_CAP,
+    Estimator,
+    binned_information,
+    copula_information,
+    gaussian_information,
+    measure_information,
+    noise_floor,
+    redundancy,
+    summarize,
+    total_correlation,
+)
+
+DOUBLE = torch.float64
+TOKENS = 20000
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def correlated(rho, tokens=TOKENS, seed=0):
+    pair = torch.randn(tokens, 2, generator=generator(seed), dtype=DOUBLE)
+    pair[:, 1] = rho * pair[:, 0] + math.sqrt(1 - rho**2) * pair[:, 1]
+    return pair
+
+
+def closed_form(rho):
+    return -0.5 * math.log(1 - rho**2)
+
+
+def sampling_error(rho, tokens=TOKENS):
+    """Five standard errors of −½ ln(1 − ρ̂²): |ρ|/√n to first order, and 1/n for what follows."""
+    return 5 * abs(rho) / math.sqrt(tokens) + 5 / tokens
+
+
+def hessian_of(inputs):
+    accumulator = HessianAccumulator(inputs.shape[1], sample_tokens=len(inputs), dtype=inputs.dtype)
+    accumulator.update(inputs)
+    return accumulator.finish()
+
+
+def random_covariance(columns, seed=0):
+    root = torch.randn(columns, columns, generator=generator(seed), dtype=DOUBLE)
+    return root @ root.T / columns + 0.1 * torch.eye(columns, dtype=DOUBLE)
+
+
+def test_gaussian_information_of_a_known_covariance():
+    covariance = torch.tensor([[4.0, 3.0, 0.0], [3.0, 9.0, 0.0], [0.0, 0.0, 1.0]], dtype=DOUBLE)
+    information = gaussian_information(covariance)
+    expected = torch.zeros(3, 3, dtype=DOUBLE)
+    expected[0, 1] = expected[1, 0] = closed_form(0.5)
+    torch.testing.assert_close(information, expected)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, -0.6, 0.95])
+@pytest.mark.parametrize("estimator", [Estimator.gaussian, Estimator.copula])
+def test_estimates_meet_the_closed_form_on_gaussian_tokens(rho, estimator):
+    information = measure_information(hessian_of(correlated(rho)), estimator)
+    assert abs(information[0, 1].item() - closed_form(rho)) < sampling_error(rho)
+    assert information[0, 0] == 0
+    assert torch.equal(information, information.T)
+
+
+def test_bias_correction_is_the_difference_of_digammas():
+    covariance = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=DOUBLE)
+    corrected = gaussian_information(covariance, tokens=12)[0, 1].item()
+    # ψ(5.5) and ψ(5) by the recurrence ψ(x + 1) = ψ(x) + 1/x.
+    euler = 0.5772156649015329
+    five = -euler + 1 + 1 / 2 + 1 / 3 + 1 / 4
+    five_and_half = -euler - 2 * math.log(2) + 2 * (1 + 1 / 3 + 1 / 5 + 1 / 7 + 1 / 9)
+    assert corrected == pytest.approx(closed_form(0.5) - (five_and_half - five) / 2)
+    with pytest.raises(ValueError, match="at least 4 tokens"):
+        gaussian_information(covariance, tokens=3)
+
+
+@pytest.mark.parametrize("estimator", [Estimator.gaussian, Estimator.copula])
+def test_correction_makes_small_samples_unbiased(estimator):
+    """400 independent pairs of 20 tokens: 1/(2n) = 0.025 would stand out of the standard error."""
+    inputs = torch.randn(20, 400, generator=generator(), dtype=DOUBLE)
+    information = measure_information(hessian_of(inputs), estimator)
+    mean = information.sum().item() / (400 * 399)
+    assert abs(mean) < 0.003
+
+
+def test_copula_is_bit_equal_under_strictly_monotone_maps():
+    inputs = correlated(0.6, tokens=501)
+    inputs = torch.cat((inputs, inputs[:, :1].abs().floor(), torch.ones_like(inputs[:, :1])), 1)
+    mapped = inputs.clone()
+    mapped[:, 0] = inputs[:, 0].exp()
+    mapped[:, 1] = -(inputs[:, 1] ** 3)
+    mapped[:, 2] = 5 - 2 * inputs[:, 2]
+    information = copula_information(inputs)
+    assert torch.equal(copula_information(mapped), information)
+    assert information[0, 1] > 0.1
+
+
+def test_copula_is_right_on_heavy_tails_where_gaussian_is_wrong():
+    heavy = correlated(0.6) ** 7
+    truth = closed_form(0.6)
+    hessian = hessian_of(heavy)
+    copula = measure_information(hessian, Estimator.copula)[0, 1].item()
+    gaussian = measure_information(hessian, Estimator.gaussian)[0, 1].item()
+    assert abs(copula - truth) < sampling_error(0.6)
+    assert abs(gaussian - truth) > 10 * sampling_error(0.6)
+
+
+def test_channels_that_are_mostly_tied_at_zero_do_not_look_dependent():
+    inputs = (torch.randn(4000, 30, generator=generator(), dtype=DOUBLE) - 1.5).clamp(min=0)
+    information = copula_information(inputs)
+    assert information.max() < 0.01
+    assert binned_information(inputs).max() < 0.01
+
+
+def test_binned_sees_a_parabola_where_gaussian_does_not():
+    x = torch.randn(TOKENS, 1, generator=generator(), dtype=DOUBLE)
+    hessian = hessian_of(torch.cat((x, x.square()), 1))
+    binned = measure_information(hessian, Estimator.binned, bins=8)[0, 1].item()
+    # The square is a function of x that maps two bins of x onto each pair of its own bins.
+    assert binned == pytest.approx(math.log(8), abs=0.05)
+    assert measure_information(hessian, Estimator.gaussian)[0, 1].item() < 0.01
+
+
+def test_binned_equals_a_histogram_counted_by_hand():
+    inputs = torch.tensor([[0, 0], [1, 1], [2, 3], [3, 2], [4, 4], [5, 5.0]], dtype=DOUBLE)
+    inputs[:, 1] = inputs[[0, 3, 1, 4, 2, 5], 1]
+    # Halves {0,1,2 | 3,4,5}: joint counts 2, 1, 1, 2 of 6.
+    plug_in = math.log(6) - 2 * (3 * math.log(3)) / 6 * 2 + (4 * math.log(2)) / 6 + math.log(6)
+    joint = 4 * math.log(2) / 6
+    plug_in = 2 * (math.log(6) - math.log(3)) - (math.log(6) - joint)
+    codes = inputs >= 3
+    counts = [
+        [((codes[:, 0] == a) & (codes[:, 1] == b)).sum().item() for b in (0, 1)] for a in (0, 1)
+    ]
+    assert sorted(sum(counts, [])) == [1, 1, 2, 2]
+    correction = (1 + 1 - 3) / 12
+    assert binned_information(inputs, bins=2)[0, 1].item() == pytest.approx(plug_in + correction)
+
+
+def test_binned_tiles_do_not_show(monkeypatch):
+    inputs = torch.randn(300, 11, generator=generator(), dtype=DOUBLE)
+    whole = binned_information(inputs, bins=4)
+    monkeypatch.setattr("mi_experiments.method.information._CELLS_TOGETHER", 12)
+    torch.testing.assert_close(binned_information(inputs, bins=4), whole)
+    assert torch.equal(whole, whole.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("estimator", [Estimator.gaussian, Estimator.copula])
+def test_duplicates_saturate_at_the_cap_and_constants_at_zero(dtype, estimator):
+    x = torch.randn(4000, 2, generator=generator()).to(dtype)
+    inputs = torch.stack((x[:, 0], 3 - 2 * x[:, 0], x[:, 1], torch.full_like(x[:, 0], 5)), 1)
+    information = measure_information(hessian_of(inputs), estimator)
+    assert information[0, 1] == INFORMATION_CAP
+    assert information.max() == INFORMATION_CAP
+    assert not information[3].any()
+    assert not information[:, 3].any()
+
+
+@pytest.mark.parametrize("estimator", list(Estimator))
+def test_independence_is_at_the_noise_floor(estimator):
+    inputs = torch.randn(1000, 64, generator=generator(3), dtype=DOUBLE)
+    information = measure_information(hessian_of(inputs), estimator)
+    pairs = information[torch.ones(64, 64).triu(1) > 0]
+    floor = noise_floor(inputs, estimator, generator(4))
+    assert abs(floor.mean) < 2e-4
+    assert pairs.mean().item() == pytest.approx(floor.mean, abs=2e-4)
+    assert pairs.quantile(0.95).item() == pytest.approx(floor.p95, rel=0.15)
+
+
+def test_noise_floor_follows_the_null_distribution_and_forgets_dependence():
+    """2n·I is chi-squared with one degree of freedom, whose 95 % point is 3.841."""
+    shared = torch.randn(2000, 1, generator=generator(), dtype=DOUBLE)
+    inputs = shared + 0.1 * torch.randn(2000, 60, generator=generator(1), dtype=DOUBLE)
+    floor = noise_floor(inputs, Estimator.copula, generator(2))
+    assert floor.p95 == pytest.approx((3.841 - 1) / (2 * 2000), rel=0.15)
+    assert noise_floor(inputs, Estimator.copula, generator(2)) == floor
+    assert noise_floor(torch.ones(10, 3), Estimator.copula, generator()).p95 == 0
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.05])
+def test_redundancy_is_the_identity_that_links_information_and_obs(damping):
+    covariance = random_covariance(12)
+    factor = factorize(covariance, damping=damping, order=torch.randperm(12, generator=generator()))
+    damped = covariance + damping * covariance.diagonal().mean() * torch.eye(12, dtype=DOUBLE)
+    inverse = torch.linalg.inv(damped).diagonal()
+    information = redundancy(factor)
+    torch.testing.assert_close(information, (damped.diagonal() * inverse).log() / 2)
+    assert (information >= 0).all()
+    weight = torch.randn(12, generator=generator(1), dtype=DOUBLE)
+    energy = weight.square() * damped.diagonal() * torch.exp(-2 * information)
+    torch.testing.assert_close(weight.square() / inverse, energy)
+
+
+def test_redundancy_of_a_pair_is_its_pairwise_information():
+    covariance = torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=DOUBLE)
+    expected = gaussian_information(covariance)[0, 1].expand(2)
+    torch.testing.assert_close(redundancy(factorize(covariance, damping=0.0)), expected)
+
+
+def test_redundancy_of_independent_and_of_dead_channels_is_zero():
+    information = redundancy(factorize(torch.diag(torch.tensor([4.0, 1.0, 0.0]))))
+    torch.testing.assert_close(information, torch.zeros(3), rtol=0, atol=1e-6)
+
+
+def test_damping_only_lowers_redundancy():
+    covariance = random_covariance(20)
+    steps = [redundancy(factorize(covariance, damping=d)) for d in (0.0, 0.01, 0.1, 1.0)]
+    for less, more in zip(steps, steps[1:], strict=False):
+        assert (more < less).all()
+
+
+def test_total_correlation_is_the_sum_over_any_sweep():
+    covariance = random_covariance(15)
+    expected = (covariance.diagonal().log().sum() - covariance.logdet()).item() / 2
+    for seed in range(3):
+        order = torch.randperm(15, generator=generator(seed))
+        factor = factorize(covariance, damping=0.0, order=order)
+        later = (factor.diagonal()[order] / factor.upper.diagonal().square()).log() / 2
+        assert (later >= -1e-12).all()
+        assert total_correlation(factor) == pytest.approx(expected)
+        assert later.sum().item() == pytest.approx(expected)
+
+
+def test_summary_gathers_plain_numbers():
+    inputs = torch.randn(500, 6, generator=generator(), dtype=DOUBLE)
+    inputs[:, 1] = inputs[:, 0]
+    hessian = hessian_of(inputs)
+    information = measure_information(hessian, Estimator.copula)
+    floor = noise_floor(inputs, Estimator.copula, generator())
+    factor = factorize(hessian)
+    summary = asdict(summarize(information, floor, factor, Estimator.copula))
+    assert {type(value) for value in summary.values()} == {float, str}
+    assert summary["max_pairwise"] == INFORMATION_CAP
+    assert summary["mean_pairwise"] == pytest.approx(information.sum().item() / 30)
+    assert summary["mean_redundancy"] == pytest.approx(redundancy(factor).mean().item())
+    assert summary["total_correlation"] == total_correlation(factor)
+    assert summary["noise_p95"] == floor.p95
+    assert summary["estimator"] == "copula"
