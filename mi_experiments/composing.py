@@ -61,12 +61,19 @@ def refuse_targets(composed: DictConfig) -> None:
 def explain(error: Exception) -> str:
     """Say in one line which key is wrong, its value, and what is allowed."""
     key = getattr(error, "full_key", None) or ""
-    first = str(getattr(error, "msg", None) or error).splitlines()[0].strip()
+    text = str(getattr(error, "msg", None) or error)
+    first = text.splitlines()[0].strip()
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key(found.group(1))
+    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        choices = ", ".join(line.strip() for line in text.splitlines() if line.startswith("\t"))
+        return f"{found.group(1)}={found.group(2)} is not known: one of {choices}"
     if isinstance(error, ConfigKeyError) or "not in" in first:
         return unknown_key(key)
-    if "Missing mandatory value" in first or "MISSING" in first:
+    if "missing mandatory value" in text.lower():
         return f"{key} has no value: give it on the command line as {key}=VALUE"
-    return f"{key}: {first}"
+    place = key or getattr(error, "override", None)
+    return f"{place}: {first}" if place else first
 
 
 def unknown_key(key: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import InputError
-from mi_experiments.llm.corpora import BosPolicy, Sampling, Windows
+from mi_experiments.llm.windows import BosPolicy, Sampling, Windows
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.hessian import SweepOrder
 from mi_experiments.method.information import Estimator

@@ -14,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from mi_experiments.config import Config
-from mi_experiments.llm.corpora import token_hash
 from mi_experiments.llm.loading import ModelSource, content_hash
+from mi_experiments.llm.windows import token_hash
 from mi_experiments.record import Provenance
 
 NUMERICS_VERSION = 1

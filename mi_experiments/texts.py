@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from mi_experiments.config import Config, CorpusConfig
 from mi_experiments.embedded import language
 from mi_experiments.errors import InputError
-from mi_experiments.llm.corpora import (
+from mi_experiments.llm.corpora import load_hub_documents, read_documents
+from mi_experiments.llm.windows import (
     Windows,
     calibration_tokens,
     evaluation_windows,
-    load_hub_documents,
-    read_documents,
     token_hash,
 )
 

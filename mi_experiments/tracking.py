@@ -48,6 +48,9 @@ UPLOAD_SECONDS = 60
 TOKEN = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|\bwandb_v\d_\w+|(?<=://)[^/@\s]+(?=@)")
 HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
 
+Outcome = tuple[Any, str | None]
+"""What the client returned and None; or None and in one line why it returned nothing."""
+
 
 class Tracker:
     """One run's records in Weights & Biases; a context manager that closes them.
@@ -138,10 +141,10 @@ class Tracker:
         """Return what to type, or the address to open, to look at the records."""
         if self.directory is None:
             return []
-        upload = f"wandb sync {shlex.quote(str(self.directory))}"
-        if self._url is not None:
-            return [self._url, upload] if self.fallback else [self._url]
-        return [f"wandb leet {shlex.quote(str(self.directory.parent))}", upload]
+        folder, own = (shlex.quote(str(path)) for path in (self.directory.parent, self.directory))
+        if self._url is None:
+            return [f"wandb leet {folder}", f"wandb sync {own}"]
+        return [self._url, f"wandb sync --no-skip-online {own}"] if self.fallback else [self._url]
 
     def _log_block(self) -> None:
         """Record the means over the linears of a block by their weights, and its seconds."""
@@ -194,10 +197,8 @@ def has_key() -> bool:
     return wandb.login(prompt=False, verify=False)
 
 
-def start(
-    mode: Literal["online", "offline"], options: dict[str, Any], timeout: int
-) -> tuple[Any, str | None]:
-    """Start a run and its curves; return it, or None and in one line why it did not start."""
+def start(mode: Literal["online", "offline"], options: dict[str, Any], timeout: int) -> Outcome:
+    """Start a run and its curves."""
 
     def begin() -> Any:
         wandb.setup(settings=wandb.Settings(silent=True))
@@ -218,13 +219,9 @@ def stop_client() -> None:
     attempt(lambda: wandb.teardown(exit_code=1), CALL_SECONDS)
 
 
-def attempt(action: Callable[[], Any], seconds: float) -> tuple[Any, str | None]:
-    """Call the client in a thread, which may fail or hang without taking the run with it.
-
-    Returns:
-        What the action returned and None; or None and in one line why it returned nothing.
-    """
-    outcome: list[tuple[Any, str | None]] = [(None, f"no answer within {seconds:g} s")]
+def attempt(action: Callable[[], Any], seconds: float) -> Outcome:
+    """Call the client in a thread, which may fail or hang without taking the run with it."""
+    outcome: list[Outcome] = [(None, f"no answer within {seconds:g} s")]
 
     def work() -> None:
         try:

@@ -18,7 +18,8 @@ import wandb
 from hydra import compose, initialize_config_dir
 
 from mi_experiments import tracking
-from mi_experiments.config import Config, TrackingMode, from_hydra, to_plain
+from mi_experiments.composing import from_hydra, to_plain
+from mi_experiments.config import Config, TrackingMode
 from mi_experiments.record import (
     LINEAR_SCHEMA,
     Bits,
@@ -566,4 +567,5 @@ def test_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path):
     assert shlex.split(sync) == ["wandb", "sync", str(tmp_path / "it's a run")]
     run.url = "https://server/run"
     assert Tracker(run, mode="online").commands() == [run.url]
-    assert Tracker(run, "online", "W&B stopped recording: x").commands() == [run.url, sync]
+    online = Tracker(run, "online", "W&B stopped recording: x").commands()
+    assert online == [run.url, sync.replace("sync", "sync --no-skip-online")]

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from mi_experiments.commands.tables import print_dry_run, print_result
 from mi_experiments.composing import explain, from_hydra
@@ -41,6 +42,7 @@ def conf_directory() -> str:
 def main() -> None:
     """Run the command line; expected failures are one line and an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    disable_progress_bar()
     OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
     try:
         compose()
@@ -60,9 +62,22 @@ def compose(composed: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
-    sweep_dir = Path(hydra_config.sweep.dir).absolute() if multirun else None
+    try:
+        return do_run(composed, run_dir, Path(hydra_config.sweep.dir) if multirun else None)
+    except MiError as error:
+        # A sweep goes on with its other jobs and reports at its end; a single run ends here,
+        # because Hydra would put a line of its own before ours.
+        if multirun:
+            raise
+        fail(str(error), error.exit_code)
+
+
+def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float | None:
+    """Check the config, do the run or outline it, and print what came out."""
     config = from_hydra(composed)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     if config.dry_run:
         print_dry_run(dry_run(config), config, console)
         return None

@@ -1,5 +1,6 @@
 """What a person reads in the terminal."""
 
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
@@ -54,24 +55,16 @@ def show_perplexity(evaluation: Evaluation) -> str:
 
 def budget_table(result: Result) -> Table:
     """Return bits, sparsity, memory and time."""
-    table = Table(title="budget and cost", title_justify="left")
-    values = {}
+    table = Table(title="budget and cost", title_justify="left", show_header=False)
     if result.bits:
-        values |= {
-            "requested bits": f"{result.bits.requested:g}",
-            "average bits": f"{result.bits.average:.4f}",
-            "effective bits": f"{result.bits.effective:.4f}",
-        }
-    values |= {
-        "sparsity": f"{result.sparsity:.4f}",
-        "weights": f"{result.weights:,}",
-        "coverage": f"{result.coverage:.1%}",
-        "peak memory": f"{max(result.memory.values()) / 1e9:.2f} GB",
-        "time": f"{sum(result.seconds.values()):.1f} s",
-    }
-    for heading in values:
-        table.add_column(heading, justify="right")
-    table.add_row(*values.values())
+        table.add_row("requested bits", f"{result.bits.requested:g}")
+        table.add_row("average bits", f"{result.bits.average:.4f}")
+        table.add_row("effective bits", f"{result.bits.effective:.4f}  (with all that is stored)")
+    table.add_row("sparsity", f"{result.sparsity:.4f}")
+    table.add_row("weights", f"{result.weights:,}  ({result.coverage:.1%} of the blocks')")
+    table.add_row("peak memory", f"{max(result.memory.values()) / 1e9:.2f} GB")
+    phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
+    table.add_row("time", f"{sum(result.seconds.values()):.1f} s  ({phases})")
     return table
 
 
@@ -79,13 +72,14 @@ def print_dry_run(outline: Outline, config: Config, console: Console) -> None:
     """Print what a run would do."""
     table = Table(title=f"plan of {config.model.name}: nothing is computed", title_justify="left")
     for heading in ("blocks", "site", "linears", "groups", "effective bits", "MB"):
-        table.add_column(heading, justify="left" if heading == "site" else "right")
+        left = heading == "site"
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for site in outline.sites:
         table.add_row(
             str(site.blocks),
-            site.name,
-            " ".join(f"{rows}×{columns}" for rows, columns in site.shapes),
-            "+".join(map(str, site.group_sizes)),
+            site.name.replace("+", " +\n  "),
+            "\n".join(f"{rows}×{columns}" for rows, columns in site.shapes),
+            show_sizes(site.group_sizes),
             f"{site.effective_bits:.3f}",
             f"{site.megabytes:.2f}",
         )
@@ -99,3 +93,11 @@ def print_dry_run(outline: Outline, config: Config, console: Console) -> None:
     for name, size in outline.memory.items():
         summary.add_row(f"memory: {name}", f"{size / 1e6:,.1f} MB")
     console.print(summary)
+
+
+def show_sizes(sizes: tuple[int, ...]) -> str:
+    """Format group sizes, equal ones together: `2×32 + 36`."""
+    counts = Counter(sizes)
+    return " + ".join(
+        f"{count}×{size}" if count > 1 else f"{size}" for size, count in counts.items()
+    )

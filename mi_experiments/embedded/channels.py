@@ -29,8 +29,6 @@ def spread_channels_(model: LlamaForCausalLM, spread: float, generator: torch.Ge
         spread: the standard deviation of the natural logarithm of the scales.
         generator: the source of the scales.
     """
-    config = model.config
-    queries = config.num_attention_heads // config.num_key_value_heads
     for block in model.model.layers:
         attention, mlp = block.self_attn, block.mlp
         after_norms = [
@@ -50,6 +48,7 @@ def spread_channels_(model: LlamaForCausalLM, spread: float, generator: torch.Ge
         values = attention.v_proj.weight
         scales = _draw_scales(len(values), spread, generator).to(values)
         values *= scales[:, None]
-        # each key-value head is read through `queries` consecutive query heads
-        per_head = scales.reshape(config.num_key_value_heads, 1, -1).expand(-1, queries, -1)
-        attention.o_proj.weight /= per_head.flatten()
+        # each key-value head is read through several consecutive query heads
+        per_head = scales.reshape(-1, 1, attention.head_dim)
+        queries = attention.o_proj.weight.shape[1] // len(scales)
+        attention.o_proj.weight /= per_head.expand(-1, queries, -1).flatten()

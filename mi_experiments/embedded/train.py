@@ -2,13 +2,14 @@
 
 Everything is seeded; the only argument is where the model goes (default: the package's own
 `model` directory). The hidden matrices learn by Muon, embeddings and norms by AdamW; the learning
-rates rise linearly and then fall linearly to zero.
+rates rise linearly and then fall linearly to zero. At the end the channels are given unequal scales
+(see `channels`) and the weights are rounded to bfloat16.
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mi_experiments.embedded import MODEL_DIRECTORY
+from mi_experiments.embedded.channels import spread_channels_
 from mi_experiments.embedded.language import documents, stream, true_nll, vocabulary
 from mi_experiments.embedded.lexicon import SPECIAL_TOKENS
 from mi_experiments.embedded.tokenizer import build_tokenizer
@@ -34,6 +36,7 @@ BATCH_TOKENS = 2048
 POOL_BATCHES = 16
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WEIGHT_DECAY = 0.1
+SPREAD = 0.45
 EVALUATE_EVERY = 100
 IGNORED = -100
 _, BEGIN, END, PAD = range(len(SPECIAL_TOKENS))
@@ -130,19 +133,11 @@ def add_gradients(
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         loss = loss_of(model, part, "sum") / predicted
     loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss)
+    return loss.item()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write the model, rounded to bfloat16, and the tokenizer as a Hugging Face directory."""
-    rounded = deepcopy(model).bfloat16()
-    rounded.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def train(directory: Path, console: Console) -> None:
-    """Train the model, printing its perplexity beside the floor, and save it."""
-    model, tokenizer = build_model(), build_tokenizer(vocabulary(), CONTEXT)
+def train_(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, console: Console) -> None:
+    """Train the model in place, printing its loss on held-out documents beside the floor."""
     optimizers = optimizers_of(model)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -166,11 +161,22 @@ def train(directory: Path, console: Console) -> None:
             for schedule in schedules:
                 schedule.step()
             progress.update(task, advance=1, loss=loss)
-            if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == STEPS:
+            if (step + 1) % EVALUATE_EVERY == 0:
                 dense, floor = excess_loss(model, tokenizer, held_out)
                 console.print(f"step {step + 1}: {dense:.4f} nats, floor {floor:.4f}")
-                save(model, tokenizer, directory)
+
+
+def build(directory: Path, console: Console) -> None:
+    """Train a model and write it with its tokenizer as a Hugging Face directory."""
+    model, tokenizer = build_model(), build_tokenizer(vocabulary(), CONTEXT)
+    train_(model, tokenizer, console)
+    spread_channels_(model, SPREAD, torch.Generator().manual_seed(0))
+    model.bfloat16().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    model.float()  # type: ignore[no-untyped-call]
+    dense, floor = excess_loss(model, tokenizer, documents("evaluation", 256))
+    console.print(f"perplexity {math.exp(dense):.4f}, floor {math.exp(floor):.4f}: {directory}")
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL_DIRECTORY, Console())
+    build(Path(sys.argv[1]) if len(sys.argv) > 1 else MODEL_DIRECTORY, Console())

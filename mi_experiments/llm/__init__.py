@@ -1,0 +1,1 @@
+"""The outside world: models, blocks, texts, perplexity and export; plain arguments, no config."""

@@ -63,17 +63,17 @@ def audit_linear(
         AuditError: A promise is broken.
     """
     weight, pruned = swept.weight, swept.pruned
-    if bad := int((~weight.isfinite()).sum()):
+    if bad := int((~weight.isfinite()).count_nonzero()):
         raise AuditError(f"{bad} of {weight.numel()} weights are not finite")
-    if bad := int((weight[pruned] != 0).sum()):
-        raise AuditError(f"{bad} of {int(pruned.sum())} pruned weights are not zero")
+    if bad := int((weight[pruned] != 0).count_nonzero()):
+        raise AuditError(f"{bad} of {int(pruned.count_nonzero())} pruned weights are not zero")
     if sparsity.is_structured:
         _audit_windows(pruned, sparsity)
     else:
         _audit_mask_blocks(pruned, sparsity, order, mask_block)
     levels_max = 0 if grid is None else _audit_grid(swept, grid)
     if stored is not None and not torch.equal(stored, weight.to(stored.dtype)):
-        bad = int((stored != weight.to(stored.dtype)).sum())
+        bad = int((stored != weight.to(stored.dtype)).count_nonzero())
         raise AuditError(f"{bad} of {weight.numel()} stored weights are not those audited")
     bits = weight.shape[1] * UNQUANTIZED if grid is None else int(grid.bits.sum())
     average_bits = bits / weight.shape[1]
@@ -81,9 +81,9 @@ def audit_linear(
         raise AuditError(f"{average_bits} bits on average where {max_average_bits} were allowed")
     untouched = sparsity.is_dense and (grid is None or not grid.quantized.any())
     if untouched and original is not None and not torch.equal(weight, original.to(weight.dtype)):
-        bad = int((weight != original.to(weight.dtype)).sum())
+        bad = int((weight != original.to(weight.dtype)).count_nonzero())
         raise AuditError(f"{bad} weights changed although none was to be pruned or quantized")
-    return AuditReport(levels_max, average_bits, int(pruned.sum()) / pruned.numel())
+    return AuditReport(levels_max, average_bits, int(pruned.count_nonzero()) / pruned.numel())
 
 
 def _audit_windows(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> None:
@@ -91,7 +91,7 @@ def _audit_windows(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> 
     rows, columns = pruned.shape
     if columns % sparsity.m:
         raise AuditError(f"{columns} columns cannot be cut into windows of {sparsity.m}")
-    kept = (~pruned).reshape(rows, -1, sparsity.m).sum(-1)
+    kept = (~pruned).reshape(rows, -1, sparsity.m).count_nonzero(-1)
     if wrong := (kept != sparsity.n).nonzero().tolist():
         row, window = wrong[0]
         raise AuditError(
@@ -110,15 +110,14 @@ def _audit_mask_blocks(
     rows, columns = pruned.shape
     if not torch.equal(order.sort().values, torch.arange(columns, device=order.device)):
         raise AuditError(f"the sweep order is no permutation of {columns} channels")
-    starts = range(0, columns, mask_block)
-    ends = [min(start + mask_block, columns) for start in starts]
-    until = pruned.sum(0)[order].cumsum(0)[torch.tensor(ends, device=order.device) - 1].tolist()
-    for start, end, before, after in zip(starts, ends, [0, *until], until, strict=False):
-        expected = round(sparsity.ratio * (rows * (end - start)))
-        if after - before != expected:
+    counts = torch.split(pruned.count_nonzero(0)[order].cpu(), mask_block)
+    for block, count in enumerate(counts):
+        found, expected = int(count.sum()), round(sparsity.ratio * (rows * len(count)))
+        if found != expected:
+            start = block * mask_block
             raise AuditError(
-                f"{after - before} weights are pruned at sweep positions {start} to {end - 1} "
-                f"where a sparsity of {sparsity.ratio} asks for {expected}"
+                f"{found} weights are pruned at sweep positions {start} to "
+                f"{start + len(count) - 1} where a sparsity of {sparsity.ratio} asks for {expected}"
             )
 
 
@@ -134,7 +133,7 @@ def _audit_grid(swept: Swept, grid: Grid) -> int:
     if swept.codes is None:
         raise AuditError(f"{columns.numel()} channels are quantized but have no codes")
     right = (grid.scale > 0) & grid.scale.isfinite() & (grid.scale == grid.scale.half())
-    if bad := int((~right).sum()):
+    if bad := int((~right).count_nonzero()):
         raise AuditError(f"{bad} of {grid.scale.numel()} scales are not positive float16 numbers")
     levels_max = 0
     rows = torch.arange(len(swept.weight), device=columns.device)
@@ -156,11 +155,12 @@ def _audit_levels(
         value = values[:, members].sort(dim=-1).values
         new = value.isfinite()
         new[..., 1:] &= value[..., 1:] != value[..., :-1]
-        levels = new.sum(-1)
+        levels = new.count_nonzero(-1)
         most = int(levels.max())
         if most > 2**bits:
+            many = int((levels > 2**bits).count_nonzero())
             raise AuditError(
-                f"{int((levels > 2**bits).sum())} of {levels.numel()} rows of scale groups of "
+                f"{many} of {levels.numel()} rows of scale groups of "
                 f"{bits} bits take more than {2**bits} levels, up to {most}"
             )
         levels_max = max(levels_max, most)
@@ -196,16 +196,16 @@ def _audit_codes(
     scale, zero = grid.scale[rows][:, group], grid.zero_point[rows][:, group]
     code, left = codes[:, columns], kept[:, columns]
     top = 2 ** grid.bits[columns].int() - 1
-    if bad := int(((zero < 0) | (zero > top)).sum()):
+    if bad := int(((zero < 0) | (zero > top)).count_nonzero()):
         raise AuditError(f"zero points of {bad} quantized weights are not codes of their width")
-    if bad := int((((code < 0) | (code > top)) & left).sum()):
+    if bad := int((((code < 0) | (code > top)) & left).count_nonzero()):
         raise AuditError(f"codes of {bad} quantized weights do not fit their width")
     level = scale * (code - zero)
     off = (weight[:, columns] != level) & left
-    if off.any():
+    if bad := int(off.count_nonzero()):
         row, at = off.nonzero()[0].tolist()
         raise AuditError(
-            f"{int(off.sum())} quantized weights are not on their grid: row {int(rows[row])}, "
+            f"{bad} quantized weights are not on their grid: row {int(rows[row])}, "
             f"channel {int(columns[at])} is {float(weight[row, columns[at]])!r}, "
             f"its code means {float(level[row, at])!r}"
         )

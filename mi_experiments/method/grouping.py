@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
 from mi_experiments.method.hessian import Factor, Hessian
@@ -274,63 +274,67 @@ def _swap_channels_(
 ) -> Int64[Tensor, "columns"]:
     """Swap channels between groups while that raises the affinity within groups.
 
-    Each round pairs the groups that gain most from each other by one swap. The two groups of a
-    pair then line up their channels that pull most towards the other and swap the first few,
-    as many as raise the objective most, interactions included (Kernighan and Lin 1970). Pairs
-    share no group, so their gains add up exactly and the objective only rises.
+    Each round pairs the groups whose channels pull most towards each other. The two groups of a
+    pair line up their channels, those that would gain most first, and swap the first few, as
+    many as raise the objective most, interactions included (Kernighan and Lin 1970). Pairs share
+    no group, so their gains add up exactly and the objective only rises.
     """
     affinity = affinity.fill_diagonal_(0)  # a channel takes its affinity to itself along
     one_hot = torch.nn.functional.one_hot(labels, n_groups).to(affinity)
     within = affinity @ one_hot
     tolerance = 64 * torch.finfo(affinity.dtype).eps * within.abs().amax()
     depth = min(_SWAP_DEPTH, int(one_hot.sum(0).min()))
+    settled = torch.eye(n_groups, dtype=torch.bool, device=labels.device)
     for _ in range(_SWAP_ROUNDS):
         pull = within - within.gather(1, labels[:, None])
-        here, there = _pair_groups(pull, labels, affinity)
-        leaving = _front(pull, labels, here, there, depth)
-        entering = _front(pull, labels, there, here, depth)
+        here, there = _pair_groups(pull, labels, settled, tolerance)
+        if len(here) == 0:
+            break
+        leaving = _front(pull[:, there].T, labels, here, depth)
+        # The companion of the first to leave pulls as strongly the other way: it must stay.
+        companions = 2 * affinity[leaving[:, 0]]
+        entering = _front(pull[:, here].T - companions, labels, there, depth)
         gain = _exchange_gains(pull, affinity, here, there, leaving, entering)
         most = gain.max(1, keepdim=True)
         swapped = torch.arange(depth, device=labels.device) <= most.indices
         swapped &= most.values > tolerance
-        if not swapped.any():
-            break
-        labels[leaving[swapped]] = there[:, None].expand_as(leaving)[swapped]
-        labels[entering[swapped]] = here[:, None].expand_as(entering)[swapped]
         pairs = swapped.nonzero()[:, 0]
-        change = affinity[entering[swapped]] - affinity[leaving[swapped]]
-        within.index_add_(1, here[pairs], change.T)
-        within.index_add_(1, there[pairs], change.T, alpha=-1)
+        labels[leaving[swapped]] = there[pairs]
+        labels[entering[swapped]] = here[pairs]
+        change = (affinity[entering[swapped]] - affinity[leaving[swapped]]).T
+        within.index_add_(1, here[pairs], change)
+        within.index_add_(1, there[pairs], change, alpha=-1)
+        changed = torch.cat((here[pairs], there[pairs]))
+        settled[here, there] = settled[there, here] = True
+        settled[changed, :] = settled[:, changed] = False
+        settled.fill_diagonal_(True)
     return labels
 
 
 def _pair_groups(
     pull: Float[Tensor, "columns groups"],
     labels: Int64[Tensor, "columns"],
-    affinity: Float[Tensor, "columns columns"],
+    settled: Bool[Tensor, "groups groups"],
+    tolerance: Float[Tensor, ""],
 ) -> tuple[Int64[Tensor, "pairs"], Int64[Tensor, "pairs"]]:
-    """Pair the groups that prefer each other, judged by swapping the best candidate of each."""
+    """Pair the groups that prefer each other, judged by the best candidate of each."""
     n_groups = pull.shape[1]
-    members = [(labels == group).nonzero().flatten() for group in range(n_groups)]
-    candidates = torch.stack([channels[pull[channels].argmax(0)] for channels in members])
+    best = pull.new_full((n_groups, n_groups), -torch.inf)
+    best = best.scatter_reduce(0, labels[:, None].expand_as(pull), pull, "amax")
+    value, partner = (best + best.T).masked_fill(settled, -torch.inf).max(1)
     groups = torch.arange(n_groups, device=labels.device)
-    gain = pull[candidates, groups]
-    gain = gain + gain.T - 2 * affinity[candidates, candidates.T]
-    partner = torch.maximum(gain, gain.T).fill_diagonal_(-torch.inf).argmax(1)
-    chosen = (partner[partner] == groups) & (groups < partner)
+    chosen = (partner[partner] == groups) & (groups < partner) & (value > tolerance)
     return groups[chosen], partner[chosen]
 
 
 def _front(
-    pull: Float[Tensor, "columns groups"],
+    pulled: Float[Tensor, "pairs columns"],
     labels: Int64[Tensor, "columns"],
     source: Int64[Tensor, "pairs"],
-    target: Int64[Tensor, "pairs"],
     depth: int,
 ) -> Int64[Tensor, "pairs depth"]:
-    """Return the channels of each source group that its target group pulls most, best first."""
-    pulled = pull[:, target].T.masked_fill(labels != source[:, None], -torch.inf)
-    return pulled.topk(depth).indices
+    """Return the channels of each source group that are pulled most, strongest first."""
+    return pulled.masked_fill(labels != source[:, None], -torch.inf).topk(depth).indices
 
 
 def _exchange_gains(

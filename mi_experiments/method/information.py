@@ -96,8 +96,7 @@ def gaussian_information(
     variance = covariance.diagonal()
     constant = variance <= 0
     scale = torch.where(constant, 0, variance.rsqrt())
-    information = covariance * scale[:, None]
-    information *= scale
+    information = torch.outer(scale, scale).mul_(covariance)
     information.square_().clamp_(max=1).neg_().log1p_().mul_(-0.5)
     if tokens is not None:
         halves = torch.tensor([tokens - 1, tokens - 2], dtype=torch.float64) / 2
@@ -152,8 +151,8 @@ def binned_information(
             joint = torch.einsum("tib,tjc->ijbc", left, right).flatten(2)
             tile = _entropy(left.sum(0))[:, None] + _entropy(right.sum(0)) - _entropy(joint)
             information[rows, others] = tile
-            information[others, rows] = tile.T
-    return information.clamp_(max=INFORMATION_CAP).fill_diagonal_(0)
+    information = information.clamp_(max=INFORMATION_CAP).triu(1)
+    return information + information.T
 
 
 ESTIMATORS: dict[Estimator, Callable[[Hessian, int], Tensor]] = {

@@ -181,7 +181,7 @@ def count_storage(
         symmetric: Whether zero points follow from the widths and are not stored.
     """
     layout = find_layout(grid, pruned, sparsity, channel_group, symmetric=symmetric)
-    kept = (~pruned).sum(0)
+    kept = (~pruned).count_nonzero(0)
     pattern = layout.patterns * layout.pattern_bits
     if grid is None:
         return Storage(pruned.numel(), int(kept.sum()) * UNQUANTIZED, 0, 0, pattern, 0)
@@ -252,7 +252,7 @@ def unpack(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Unpacke
     if grid is not None:
         bits = grid.bits
     parts = list(_by_width(bits))
-    counts = [(int((~pruned[:, at]).sum()), b) for b, at in parts]
+    counts = [(int((~pruned[:, at]).count_nonzero()), b) for b, at in parts]
     codes = torch.zeros(rows, columns, dtype=torch.int64)
     weight = torch.zeros(rows, columns)
     for (width, at), values in zip(parts, _read(streams["codes"], counts), strict=True):
@@ -294,7 +294,7 @@ def _check_pattern(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> 
     if sparsity.is_structured:
         if pruned.shape[1] % sparsity.m:
             raise ValueError(f"{pruned.shape[1]} columns are no windows of {sparsity.m}")
-        if ((~pruned).view(len(pruned), -1, sparsity.m).sum(-1) != sparsity.n).any():
+        if ((~pruned).view(len(pruned), -1, sparsity.m).count_nonzero(-1) != sparsity.n).any():
             raise ValueError(f"a window does not keep {sparsity.n} of {sparsity.m} weights")
 
 

@@ -34,6 +34,7 @@ def mi_run(
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Ended:
+        capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["mi-run", *arguments])
         code = 0
         try:
@@ -213,7 +214,8 @@ def test_one_failing_job_stops_no_other(mi_run: Callable[..., Ended], local: lis
 def test_dry_run_computes_nothing(mi_run: Callable[..., Ended], local: list[str]) -> None:
     ended = mi_run(*local, "dry_run=true", "n_groups.multiple=1")
     assert ended.code == 0, ended.err
-    assert "self_attn.q_proj+k_proj+v_proj" in ended.out
+    for part in ("self_attn.q_proj", "k_proj", "32×32", "requested bits"):
+        assert part in ended.out
     assert run_directories(Path()) == []
 
 
@@ -223,7 +225,9 @@ def test_dry_run_computes_nothing(mi_run: Callable[..., Ended], local: list[str]
         ("wbits.average=1", ["wbits.average=1", "2 to 8"]),
         ("sparsity.ratio=1.5", ["sparsity.ratio=1.5", "0 to 1"]),
         ("wbits.avarage=3", ["wbits.avarage", "did you mean wbits.average?"]),
-        ("model=resnet", ["model", "resnet", "embedded"]),
+        ("model=resnet", ["model=resnet", "embedded, ", "local"]),
+        ("wbits.average=[", ["wbits.average"]),
+        ("+model._target_=os.system", ["data, not code"]),
         ("model.path=/nowhere/at/all", ["model.path=/nowhere/at/all", "not a directory"]),
         ("model.path=org/model", ["model.path=org/model", "model.offline=true"]),
         ("dataset.nsamples=100000", ["100000", "tokens"]),
@@ -242,6 +246,13 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1, ended.err
     for part in parts:
         assert part in lines[0]
+
+
+def test_what_a_choice_needs_is_named(mi_run: Callable[..., Ended]) -> None:
+    ended = mi_run("model=local")
+    assert ended.code == 2
+    assert "model.path has no value" in ended.err
+    assert "model.path=VALUE" in ended.err
 
 
 def test_empty_text_and_broken_weights_are_one_line(

@@ -70,19 +70,44 @@ def test_the_total_equals_brute_force_over_every_choice(problem):
     assert_budget_is_spent(chosen, sizes, widths, average)
 
 
-@given(problems(max_groups=12, cost=st.floats(0, 1)))
+@given(problems(max_groups=12, cost=st.integers(0, 10_000)))
 @settings(max_examples=100, deadline=None)
 def test_never_worse_than_uniform_and_nothing_more_could_be_bought(problem):
     costs, sizes, widths, average = problem
+    lowest = running_minimum(costs)
     uniform = max(b for b in widths if b <= average)
-    for groups in (allocation.EXACT_GROUPS, 0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(allocation, "EXACT_GROUPS", groups)
-            chosen = allocate_bits(costs, sizes, widths, average)
-        lowest = running_minimum(costs)
-        limit = total(lowest, widths, [uniform] * len(sizes))
-        assert total(lowest, widths, chosen) <= limit * (1 + 1e-12)
+    limit = total(lowest, widths, [uniform] * len(sizes))
+    for core in ((), (2,), (4,), None):
+        chosen = allocate_around_a_core(costs, sizes, widths, average, core)
         assert_budget_is_spent(chosen, sizes, widths, average)
+        cost = total(lowest, widths, chosen)
+        assert cost <= limit * (1 + 1e-12)
+        # Every core, and the exact solution, is at least as good as no core.
+        limit = min(limit, cost) if core == () else limit
+
+
+def allocate_around_a_core(costs, sizes, widths, average, core):
+    """Allocate by the relaxation and cores of the given sizes; exactly if there are none given."""
+    small, refusals = allocation._is_small, iter([] if core is None else [False])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(allocation, "CORE_GROUPS", core)
+        patch.setattr(allocation, "_is_small", lambda *a: next(refusals, True) and small(*a))
+        return allocate_bits(costs, sizes, widths, average)
+
+
+def test_a_core_is_no_worse_than_the_greedy_choice_that_it_starts_from():
+    costs = torch.tensor([[23, 23, 12], [4, 4, 4], [29, 10, 6]], dtype=torch.float64)
+    problem = costs, torch.tensor([10, 2, 9]), [3, 4, 6], 93 / 21
+    without = allocate_around_a_core(*problem, core=())
+    around = allocate_around_a_core(*problem, core=(2,))
+    assert total(costs, [3, 4, 6], around) <= total(costs, [3, 4, 6], without) == 33
+
+
+def test_what_a_core_leaves_over_is_spent():
+    costs = [[10, 10, 3], [26, 19, 0], [21, 11, 11], [25, 12, 12]]
+    problem = torch.tensor([15, 15, 11, 9]), [5, 6, 7], 5.96
+    chosen = allocate_around_a_core(torch.tensor(costs, dtype=torch.float64), *problem, core=(2,))
+    assert_budget_is_spent(chosen, *problem)
 
 
 def largest_hull_step(cost, widths):
@@ -115,12 +140,8 @@ def test_the_relaxation_alone_stays_within_one_hull_step_of_the_optimum(problem)
 @given(problems())
 @settings(max_examples=100, deadline=None)
 def test_a_core_of_all_groups_makes_the_relaxation_exact(problem):
-    costs, sizes, widths, average = problem
-    answers = iter([False])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(allocation, "_is_small", lambda *_: next(answers, True))
-        chosen = allocate_bits(costs, sizes, widths, average)
-    assert total(running_minimum(costs), widths, chosen) == brute_force(*problem)
+    chosen = allocate_around_a_core(*problem, core=allocation.CORE_GROUPS)
+    assert total(running_minimum(problem[0]), problem[2], chosen) == brute_force(*problem)
 
 
 def convex_problem(groups, widths, seed=0):

@@ -1,5 +1,7 @@
 """Every rule is a partition of exact sizes, and planted clusters of information are found."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,7 +125,7 @@ def test_quantile_groups_are_intervals_of_their_value():
     for grouping, value in values.items():
         labels = group_channels(grouping, 3, 96, **statistics)
         groups = sorted((value[labels == g].min().item(), g) for g in range(3))
-        for (_, low), (smallest_above, _) in zip(groups, groups[1:], strict=False):
+        for (_, low), (smallest_above, _) in itertools.pairwise(groups):
             assert value[labels == low].max() <= smallest_above
         partitions.append(labels)
     assert not torch.equal(partitions[0], partitions[1])

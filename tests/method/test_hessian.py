@@ -101,7 +101,7 @@ def test_non_finite_activations_are_refused_and_located(value):
     accumulator.update(torch.ones(10, 4))
     bad = torch.ones(5, 4)
     bad[2, 3] = bad[4, 0] = value
-    with pytest.raises(NumericalError, match="2 activations .* token 12, channel 3"):
+    with pytest.raises(NumericalError, match=r"2 activations .* token 12, channel 3"):
         accumulator.update(bad)
     torch.testing.assert_close(accumulator.finish().matrix, torch.full((4, 4), 2.0))
 
