@@ -232,10 +232,17 @@ class RecipeConfig:
     order: SweepOrder
     true_sequential: bool
     grid_fit: GridFit
+    input_share: float
+    residual_share: float
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
+        for key in ("input_share", "residual_share"):
+            share = getattr(self, key)
+            require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")
+            fits = share == 0 or self.true_sequential
+            require(f"recipe.{key}", share, fits, "0 unless recipe.true_sequential=true")
 
 
 @dataclass

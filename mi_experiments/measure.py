@@ -9,7 +9,9 @@ from torch import Tensor
 from mi_experiments.config import Config
 from mi_experiments.errors import MiError
 from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
+from mi_experiments.method.targets import Drift, DriftAccumulator
 
 
 def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dict[str, Hessian]:
@@ -32,6 +34,24 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
 
     block.feed(sites, consume)
     return {name: accumulator.finish() for name, accumulator in accumulators.items()}
+
+
+def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:
+    """Return the Hessian of what a site reads now, and how far that is from the dense model.
+
+    Raises:
+        NumericalError: an input is not finite; names block and site.
+    """
+    device = twins.block.stream.hidden.device
+    hessian = HessianAccumulator(
+        site.columns, sample_tokens=config.n_groups.sample_tokens, device=device
+    )
+    drift = DriftAccumulator(site.columns, device)
+    with site_context(twins.block, site):
+        for batch in twins.observe(site):
+            hessian.update(batch.compressed)
+            drift.update(batch.compressed, batch.dense, batch.drift)
+    return hessian.finish(), drift.finish()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Hessian and its one Cholesky factor serve all linears that read it.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,9 @@ from mi_experiments.config import UNQUANTIZED, Config, GridFit, Scope
 from mi_experiments.llm.blocks import Block, Site, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.measure import measure_hessians, site_context
+from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.twins import Twins
+from mi_experiments.measure import measure_hessians, measure_twins, site_context
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
@@ -27,16 +29,18 @@ from mi_experiments.method.information import total_correlation
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.sparsegpt import Swept, sweep
 from mi_experiments.method.storage import count_storage
+from mi_experiments.method.targets import Drift, correct_target
 from mi_experiments.plan import LinearPlan, Plan
 from mi_experiments.record import LinearReport
 
 
 @dataclass(frozen=True)
 class SiteStatistics:
-    """What the linears of one site share: their Hessian, its factor and total correlation."""
+    """What the linears of one site share: Hessian, factor, drift and total correlation."""
 
     hessian: Hessian
     factor: Factor
+    drift: Drift | None
     total_correlation: float
 
 
@@ -79,30 +83,47 @@ def compress_model(
         ignore=tuple(config.model.ignore),
         path=config.model.blocks,
     )
+    dense: Stream | None = None
     for block in walk:
-        for sites in passes(block, config):
-            hessians = measure_hessians(block, sites, config)
-            for site in sites:
-                with site_context(block, site):
-                    statistics = factorize_site(hessians.pop(site.name), plan.sparsity, config)
-                    for linear in site.linears:
-                        compressed.append(compress_linear(linear, statistics, plan, config))
-                        on_linear(compressed[-1].report)
+        twins = Twins.open(block, dense) if corrects_targets(config) else None
+        for site, hessian, drift in measure_sites(block, twins, config):
+            with site_context(block, site):
+                statistics = factorize_site(hessian, drift, plan.sparsity, config)
+                for linear in site.linears:
+                    compressed.append(compress_linear(linear, statistics, plan, config))
+                    on_linear(compressed[-1].report)
+        dense = twins.advance() if twins else None
     return compressed
 
 
-def passes(block: Block, config: Config) -> Iterable[list[Site]]:
-    """Sites measured in one pass: each alone when true-sequential, else all together."""
-    if config.recipe.true_sequential:
-        return [[site] for site in block.sites]
-    return [list(block.sites)]
+def corrects_targets(config: Config) -> bool:
+    """Say whether sweeps aim at the dense model, which then runs along block by block."""
+    return config.recipe.input_share > 0 or config.recipe.residual_share > 0
 
 
-def factorize_site(hessian: Hessian, sparsity: Sparsity, config: Config) -> SiteStatistics:
+def measure_sites(
+    block: Block, twins: Twins | None, config: Config
+) -> Iterator[tuple[Site, Hessian, Drift | None]]:
+    """Measure each site when it is asked for (true-sequential), or all of them at the beginning."""
+    if twins is not None:
+        for site in block.sites:
+            yield site, *measure_twins(twins, site, config)
+    elif config.recipe.true_sequential:
+        for site in block.sites:
+            yield site, measure_hessians(block, [site], config)[site.name], None
+    else:
+        hessians = measure_hessians(block, block.sites, config)
+        for site in block.sites:
+            yield site, hessians.pop(site.name), None
+
+
+def factorize_site(
+    hessian: Hessian, drift: Drift | None, sparsity: Sparsity, config: Config
+) -> SiteStatistics:
     """Factorize a site's Hessian in the order of the sweep, once for all its linears."""
     order = sweep_order(hessian.diagonal, config.recipe.order, window=max(1, sparsity.m))
     factor = factorize(hessian, damping=config.recipe.damping, order=order)
-    return SiteStatistics(hessian, factor, total_correlation(factor))
+    return SiteStatistics(hessian, factor, drift, total_correlation(factor))
 
 
 def compress_linear(
@@ -112,7 +133,8 @@ def compress_linear(
     started = time.perf_counter()
     linear_plan = plan.linears[linear.name]
     original = linear.read_weight()
-    swept, grid = solve(original, statistics.factor, linear_plan, plan.sparsity, config)
+    target = aim(linear, original, statistics, linear_plan, plan, config)
+    swept, grid = solve(target, statistics.factor, linear_plan, plan.sparsity, config)
     linear.write_weight(swept.weight)
     linear_budget = config.wbits.scope is Scope.linear
     audit = audit_linear(
@@ -145,7 +167,7 @@ def compress_linear(
         average_bits=audit.average_bits,
         effective_bits=storage.effective_bits,
         sparsity=audit.sparsity,
-        output_error=output_error(original, swept.weight, statistics.hessian),
+        output_error=output_error(target, swept.weight, statistics.hessian),
         levels=audit.levels_max,
         groups=int(linear_plan.channel_group.max()) + 1,
         pairwise_information=information.mean_pairwise if information else None,
@@ -160,6 +182,30 @@ def compress_linear(
         status="untouched" if untouched else "compressed",
     )
     return CompressedLinear(report, stored_form(swept, grid, linear_plan))
+
+
+def aim(
+    linear: LinearView,
+    original: Float[Tensor, "rows columns"],
+    statistics: SiteStatistics,
+    linear_plan: LinearPlan,
+    plan: Plan,
+    config: Config,
+) -> Float[Tensor, "rows columns"]:
+    """Return the matrix to compress: the original, or what restores the dense model's results.
+
+    A linear that is neither pruned nor quantized stays as it is.
+    """
+    untouched = plan.sparsity.is_dense and bool((linear_plan.bits == UNQUANTIZED).all())
+    if statistics.drift is None or untouched:
+        return original
+    return correct_target(
+        original,
+        statistics.factor,
+        statistics.drift,
+        input_share=config.recipe.input_share,
+        residual_share=config.recipe.residual_share,
+    )
 
 
 def solve(

@@ -157,29 +157,22 @@ class Tracker:
         row["block/seconds"] = sum(linear.seconds for linear in linears)
         self._call(lambda run: run.log(row))
 
-    def _call(self, record: Callable[[Any], object]) -> None:
-        """Hand records to the client; after the first failure, record nothing more."""
-        run = self._run
-        if run is not None:
-            _, failure = attempt(lambda: record(run), CALL_SECONDS)
-            if failure:
-                self._give_up(failure)
-
     def _close(self, exit_code: int) -> None:
-        run = self._run
-        if run is not None:
-            seconds = UPLOAD_SECONDS + CALL_SECONDS
-            _, failure = attempt(lambda: run.finish(exit_code=exit_code), seconds)
-            self._run = None
-            if failure:
-                self._give_up(failure)
-
-    def _give_up(self, failure: str) -> None:
+        self._call(lambda run: run.finish(exit_code=exit_code), UPLOAD_SECONDS)
         self._run = None
-        stopped = f"W&B stopped recording: {failure}"
-        self.fallback = f"{self.fallback}; {stopped}" if self.fallback else stopped
-        log.warning("%s", stopped)
-        stop_client()
+
+    def _call(self, record: Callable[[Any], object], upload: float = 0.0) -> None:
+        """Hand records to the client; after its first failure, nothing more."""
+        run = self._run
+        if run is None:
+            return
+        _, failure = attempt(lambda: record(run), CALL_SECONDS + upload)
+        if failure:
+            self._run = None
+            stopped = f"W&B stopped recording: {failure}"
+            self.fallback = f"{self.fallback}; {stopped}" if self.fallback else stopped
+            log.warning("%s", stopped)
+            stop_client()
 
 
 def asked_mode(mode: TrackingMode) -> str:
@@ -248,10 +241,7 @@ def private_settings(timeout: int) -> wandb.Settings:
         host="",
         save_code=False,
         disable_git=True,
-        x_disable_meta=True,
         x_disable_machine_info=True,
-        x_disable_stats=True,
-        x_save_requirements=False,
     )
 
 

@@ -194,6 +194,7 @@ def test_every_number_is_read_back_from_the_offline_run(config, tmp_path, capfd)
     assert (started["job_type"], started["display_name"]) == ("compress", "job 3")
     assert started["tags"] == ["mine", "t" * 64, "embedded", "mutual_information"]
     assert "host" not in started
+    assert not {"environment", "stats", "output"} & records.keys()
 
     layers = read_rows(records, "layer")
     assert [row["layer"] for row in layers] == [0, 1, 2, 3]
@@ -388,6 +389,8 @@ def test_without_a_key_it_is_offline_at_once_and_asks_neither_person_nor_network
             tracker.finish(result(config), LINEARS)
         wandb.teardown()
         assert listener.connections == []
+    # Error reports of the client's service take no proxy: it must have been started without.
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     assert (tracker.mode, tracker.fallback) == ("offline", None)
     assert len(runs(tmp_path / "wandb")) == 1
 
@@ -518,6 +521,7 @@ def test_a_failed_run_is_closed_as_failed(config, tmp_path):
         tracker.finish(failed, LINEARS[:3])
     records = read_records(tracker.directory)
     assert records["exit"][-1]["exit_code"] == 1
+    assert "run_group" not in records["run"][0]  # no sweep
     (update,) = [r["update"] for r in records["summary"] if "status" in r["update"]]
     assert (update["status"], update["error"]) == ("failed", "block 1 is singular")
     blocks = read_rows(records, "block")

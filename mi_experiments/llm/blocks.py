@@ -4,6 +4,7 @@ The linears of a block are grouped by the tensor that they read (a site), seen b
 what an architecture adds is at most the path of its block list.
 """
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,6 @@ class Block:
     sites: tuple[Site, ...]
     stream: Stream
 
-    @torch.no_grad()
     def feed(
         self,
         sites: Sequence[Site],
@@ -77,6 +77,16 @@ class Block:
             RuntimeError: If the walk has already gone past this block.
             ValueError: If a site belongs to another block.
         """
+        for _ in self.feed_batches(sites, consume):
+            pass
+
+    @torch.no_grad()
+    def feed_batches(
+        self,
+        sites: Sequence[Site],
+        consume: Callable[[Site, Float[Tensor, "tokens columns"]], None],
+    ) -> Iterator[int]:
+        """Do as `feed`, and stop after each batch to yield its first sample."""
         if self.stream.position != self.index:
             raise RuntimeError(f"the walk has left {self.name}; feed a block before the next one")
         if foreign := [site.name for site in sites if site not in self.sites]:
@@ -101,9 +111,26 @@ class Block:
                 try:
                     call.replay(self.module, hidden)
                 except Stop:
+                    yield start
                     continue
                 names = sorted(site.linears[0].name for site in pending)
                 raise InputError(f"samples {start} to {start + len(hidden) - 1} reach no {names}")
+
+    def copy(self, stream: Stream) -> "Block":
+        """Copy the block with its present weights, to read other hidden states."""
+        module = copy.deepcopy(self.module)
+
+        def copied(linear: LinearView) -> LinearView:
+            return LinearView(
+                linear.name, module.get_submodule(linear.name.removeprefix(f"{self.name}."))
+            )
+
+        views = {linear: copied(linear) for linear in self.linears}
+        sites = tuple(
+            Site(site.name, site.columns, tuple(views[linear] for linear in site.linears))
+            for site in self.sites
+        )
+        return Block(self.index, self.name, module, tuple(views.values()), sites, stream)
 
 
 def walk_blocks(

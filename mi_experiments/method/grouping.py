@@ -146,14 +146,15 @@ def _by_mutual_information(
     """Cluster the channels so that much of the pairwise information is within groups.
 
     Spectral clustering of the normalised affinity finds the groups, an assignment fills them
-    exactly, and swaps of two channels improve the objective itself, the affinity within groups,
-    until none helps. Duplicated channels that the assignment parted come together there.
+    exactly, and swaps between pairs of groups then raise the objective itself, the affinity within
+    groups. Duplicated channels that the assignment parted come together there.
     """
     if len(sizes) == 1:
         return torch.zeros(len(information), dtype=torch.int64, device=information.device)
+    # Estimates of nothing may be negative; a degree must not.
     affinity = information.clamp(min=0)
-    # A channel is as close to itself as to its closest companion: with a zero diagonal a lone
-    # pair would have eigenvalues ±1 and its −1 would crowd out the clusters.
+    # A channel is as close to itself as to its closest companion. With a zero diagonal a lone pair
+    # would have the eigenvalues ±1, and subspace iteration cannot tell them apart.
     affinity.diagonal().copy_(affinity.amax(1))
     vectors = _leading_eigenvectors(affinity, len(sizes), seed)
     labels = _fill_groups(_indicator_scores(vectors), sizes)

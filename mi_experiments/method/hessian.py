@@ -211,6 +211,13 @@ class Factor:
             norms[start:stop] = inverse.square().sum(0)
         return self._by_channel(norms)
 
+    def solve(self, right: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+        """Return right·H′⁻¹ by two triangular solves; both sides are in channel order."""
+        permuted = right[:, self.order]
+        half = torch.linalg.solve_triangular(self.upper.T, permuted, upper=False, left=False)
+        whole = torch.linalg.solve_triangular(self.upper, half, upper=True, left=False)
+        return torch.empty_like(whole).index_copy_(1, self.order, whole)
+
     def _by_channel(self, values: Float[Tensor, "columns"]) -> Float[Tensor, "columns"]:
         return torch.empty_like(values).index_copy_(0, self.order, values)
 

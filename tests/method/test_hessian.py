@@ -90,7 +90,8 @@ def test_sample_is_even_and_blind_to_the_sequence_length(seqlen):
     tokens, kept = 64 * seqlen, 1024
     indices = torch.arange(tokens, dtype=DOUBLE)
     sample = accumulate(indices[:, None], sample_tokens=kept).sample.flatten()
-    assert sample.diff().max() <= 3 * tokens / kept
+    gaps = torch.cat((sample, torch.tensor([tokens], dtype=DOUBLE))).diff()
+    assert gaps.max() <= 3 * tokens / kept
     first_of_sequence = (sample % seqlen == 0).sum().item()
     assert first_of_sequence <= 2 * kept / seqlen + 2
 
@@ -198,6 +199,11 @@ def test_bad_arguments_are_refused():
         factorize(torch.eye(3), order=torch.tensor([0, 1, 1]))
     with pytest.raises(ValueError, match="damping"):
         factorize(torch.eye(3), damping=-0.1)
+
+
+def test_ties_keep_the_natural_order():
+    order = sweep_order(torch.ones(5000), SweepOrder.activation)
+    assert torch.equal(order, torch.arange(5000))
 
 
 def test_sweep_orders():

@@ -115,6 +115,14 @@ def test_copula_is_right_on_heavy_tails_where_gaussian_is_wrong():
     assert abs(gaussian - truth) > 5 * sampling_error(0.6)
 
 
+def test_copula_is_the_correlation_of_normal_scores_of_average_ranks():
+    inputs = torch.tensor([[0, 0, 0, 0, 3, 5, 4, 4], [1, 7, 0, 3, 4, 9, 8, 5]], dtype=DOUBLE).T
+    ranks = torch.tensor([[2.5] * 4 + [5, 8, 6.5, 6.5], [2, 6, 1, 3, 4, 8, 7, 5]], dtype=DOUBLE)
+    correlation = torch.corrcoef(torch.special.ndtri(ranks / 9))
+    expected = gaussian_information(correlation, tokens=8)
+    torch.testing.assert_close(copula_information(inputs), expected)
+
+
 def test_channels_that_are_mostly_tied_at_zero_do_not_look_dependent():
     inputs = (torch.randn(4000, 30, generator=generator(), dtype=DOUBLE) - 1.5).clamp(min=0)
     information = copula_information(inputs)
@@ -179,6 +187,8 @@ def test_noise_floor_follows_the_null_distribution_and_forgets_dependence():
     floor = noise_floor(inputs, Estimator.copula, generator(2))
     assert floor.p95 == pytest.approx((3.841 - 1) / (2 * 2000), rel=0.15)
     assert noise_floor(inputs, Estimator.copula, generator(2)) == floor
+    padded = torch.cat((torch.ones_like(inputs), inputs), 1)
+    assert noise_floor(padded, Estimator.copula, generator(2)) == floor
     assert noise_floor(torch.ones(10, 3), Estimator.copula, generator()).p95 == 0
 
 

@@ -1,0 +1,164 @@
+"""The dense model beside the compressed one, block by block.
+
+A linear of the compressed model does not read what it read in the dense model, and what it adds to
+the residual stream lands on hidden states that have drifted. Both differences are seen by running a
+block and its dense copy on the same samples side by side.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.llm.replay import Stream, hooks
+
+WRITER_TOLERANCE = 1e-3
+"""Largest relative deviation at which a linear's output counts as added to the block's output.
+
+Adding is exact but for the rounding of the model's number format; anything else misses by about 1.
+"""
+
+Tokens = Float[Tensor, "tokens channels"]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What a site reads on one batch.
+
+    Attributes:
+        compressed: in the compressed model.
+        dense: in the dense model.
+        drift: dense minus compressed residual stream just before the site's linear adds to it;
+            None where it does not.
+    """
+
+    compressed: Tokens
+    dense: Tokens
+    drift: Tokens | None
+
+
+@dataclass(frozen=True, eq=False)
+class Twins:
+    """A block as it is being compressed, and the same block of the dense model.
+
+    Attributes:
+        block: with its present weights, reading what the compressed model gives it.
+        dense: a copy with the dense weights, reading what the dense model gives it.
+        writers: for each linear whose output is added to the residual stream, the linears that
+            add to it later in the same block.
+    """
+
+    block: Block
+    dense: Block
+    writers: dict[str, tuple[str, ...]]
+
+    @classmethod
+    def open(cls, block: Block, stream: Stream | None) -> "Twins":
+        """Copy a block before it is compressed.
+
+        Args:
+            block: with its dense weights.
+            stream: of the dense model, standing before this block; None before the first block,
+                where both models read the same.
+        """
+        if stream is None:
+            stream = replace(block.stream, hidden=block.stream.hidden.clone())
+        dense = block.copy(stream)
+        return cls(block, dense, find_writers(dense))
+
+    def observe(self, site: Site) -> Iterator[Observation]:
+        """Run both models on the same samples up to a site, a batch at a time."""
+        (twin,) = [twin for twin in self.dense.sites if twin.name == site.name]
+        later = self.writers.get(site.linears[0].name)
+        now, before = (
+            (walk_inputs(self.block, site), walk_inputs(self.dense, twin))
+            if later is None
+            else (walk_writer(self.block, site, later), walk_writer(self.dense, twin, later))
+        )
+        for (compressed, after), (dense, wanted) in zip(now, before, strict=True):
+            drift = wanted - after if wanted is not None and after is not None else None
+            yield Observation(compressed, dense, drift)
+
+    def advance(self) -> Stream:
+        """Take the dense hidden states through the dense block and return them."""
+        self.dense.stream.advance(self.dense.name, self.dense.module)
+        return self.dense.stream
+
+
+@torch.no_grad()
+def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
+    """Find the linears that read alone and whose output is added to the residual stream, by trying.
+
+    With all later writers silenced, a writer is a linear without whose output y the block's output
+    is smaller by exactly y. No name and no architecture is looked at; blocks that normalise the
+    output before adding it (Gemma-2) have no writers.
+
+    Returns:
+        For each writer the later ones, in execution order.
+    """
+    _, hidden, call = next(block.stream.batches())
+    order = [site.linears[0] for site in block.sites if len(site.linears) == 1]
+    later: tuple[str, ...] = ()
+    writers: dict[str, tuple[str, ...]] = {}
+    for linear in reversed(order):
+        if linear.rows != hidden.shape[-1]:
+            continue
+        with silence(block, later), capture(linear.module) as seen:
+            with_it = call.replay(block.module, hidden)
+        with silence(block, (linear.name, *later)):
+            without = call.replay(block.module, hidden)
+        added = seen[1].reshape(with_it.shape)
+        miss = (with_it - added - without).float().norm() / added.float().norm()
+        if miss <= WRITER_TOLERANCE:
+            writers[linear.name] = later
+            later = (linear.name, *later)
+    return writers
+
+
+def walk_inputs(block: Block, site: Site) -> Iterator[tuple[Tokens, None]]:
+    """Yield what a site reads, a batch at a time."""
+    read: list[Tensor] = []
+    for _ in block.feed_batches([site], lambda _, inputs: read.append(inputs)):
+        yield read.pop(), None
+
+
+@torch.no_grad()
+def walk_writer(block: Block, site: Site, later: Sequence[str]) -> Iterator[tuple[Tokens, Tokens]]:
+    """Yield what a writer reads, and the residual stream that it adds to, a batch at a time.
+
+    The stream is the output of the block with this writer and all later ones silenced.
+    """
+    (linear,) = site.linears
+    for _, hidden, call in block.stream.batches():
+        with silence(block, (linear.name, *later)), capture(linear.module) as inputs:
+            residual = call.replay(block.module, hidden)
+        yield inputs[0].flatten(0, -2), residual.flatten(0, -2)
+
+
+@contextmanager
+def silence(block: Block, names: Sequence[str]) -> Iterator[None]:
+    """Let linears of a block return zeros."""
+
+    def zeros(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return torch.zeros_like(output)
+
+    chosen = [linear.module for linear in block.linears if linear.name in names]
+    with hooks(module.register_forward_hook(zeros) for module in chosen):
+        yield
+
+
+@contextmanager
+def capture(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Keep what a module reads and returns, in this order."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.extend((args[0], output))
+
+    with hooks([module.register_forward_hook(keep)]):
+        yield seen
