@@ -42,7 +42,7 @@ METRICS = (
 CALL_SECONDS = 30.0
 """Longest wait for the client to take a record, to look for a key, or to shut down."""
 
-UPLOAD_SECONDS = 60
+UPLOAD_SECONDS = 60.0
 """Longest wait for the last records of an online run to arrive at the server."""
 
 TOKEN = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|\bwandb_v\d_\w+|(?<=://)[^/@\s]+(?=@)")

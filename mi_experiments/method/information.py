@@ -278,12 +278,17 @@ def _doubled_ranks(sample: Float[Tensor, "tokens columns"]) -> Int32[Tensor, "to
     Tied values share the average, so the result stays an integer.
     """
     ranks = torch.empty(sample.shape, dtype=torch.int32, device=sample.device)
+    position = torch.arange(len(sample), dtype=torch.int32, device=sample.device)
+    last = position[-1]
     for start in range(0, sample.shape[1], _RANKED_TOGETHER):
         values = sample[:, start : start + _RANKED_TOGETHER].T.contiguous()
-        ordered = values.sort(dim=1).values
-        below = torch.searchsorted(ordered, values, out_int32=True)
-        below += torch.searchsorted(ordered, values, right=True, out_int32=True)
-        ranks[:, start : start + _RANKED_TOGETHER] = below.T
+        ordered, places = values.sort(dim=1)
+        # The first and last position of each run of equal values.
+        steps = torch.nn.functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 1), value=True)
+        first = torch.where(steps[:, :-1], position, 0).cummax(1).values
+        final = torch.where(steps[:, 1:], position, last).flip(1).cummin(1).values.flip(1)
+        doubled = (first + final + 1).to(torch.int32)
+        ranks[:, start : start + _RANKED_TOGETHER] = doubled.scatter(1, places, doubled).T
     return ranks
 
 
