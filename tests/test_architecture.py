@@ -56,7 +56,8 @@ def test_no_module_is_imported_in_a_circle() -> None:
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): {
             node.module.removeprefix("mi_experiments.")
             for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mi_experiments.")
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("mi_experiments.")
         }
         for path in PACKAGE.rglob("*.py")
     }

@@ -23,8 +23,6 @@ WRITER_TOLERANCE = 1e-3
 Adding is exact but for the rounding of the model's number format; anything else misses by about 1.
 """
 
-Tokens = Float[Tensor, "tokens channels"]
-
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -37,9 +35,9 @@ class Observation:
             None where it does not.
     """
 
-    compressed: Tokens
-    dense: Tokens
-    drift: Tokens | None
+    compressed: Float[Tensor, "tokens columns"]
+    dense: Float[Tensor, "tokens columns"]
+    drift: Float[Tensor, "tokens rows"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +118,7 @@ def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
     return writers
 
 
-def walk_inputs(block: Block, site: Site) -> Iterator[tuple[Tokens, None]]:
+def walk_inputs(block: Block, site: Site) -> Iterator[tuple[Float[Tensor, "tokens columns"], None]]:
     """Yield what a site reads, a batch at a time."""
     read: list[Tensor] = []
     for _ in block.feed_batches([site], lambda _, inputs: read.append(inputs)):
@@ -128,7 +126,9 @@ def walk_inputs(block: Block, site: Site) -> Iterator[tuple[Tokens, None]]:
 
 
 @torch.no_grad()
-def walk_writer(block: Block, site: Site, later: Sequence[str]) -> Iterator[tuple[Tokens, Tokens]]:
+def walk_writer(
+    block: Block, site: Site, later: Sequence[str]
+) -> Iterator[tuple[Float[Tensor, "tokens columns"], Float[Tensor, "tokens rows"]]]:
     """Yield what a writer reads, and the residual stream that it adds to, a batch at a time.
 
     The stream is the output of the block with this writer and all later ones silenced.
