@@ -134,7 +134,7 @@ def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> flo
         scales = sum(math.ceil(channels / size) for channels in sizes)
         zero_points = 0 if config.wbits.symmetric else average
         per_weight += scales * (16 + zero_points) / site.columns
-    if len(sizes) > 1:
+    if len(sizes) > 1 and config.wbits.allocation is not Allocation.unquantized:
         index = site.columns * math.ceil(math.log2(len(sizes))) + 4 * len(sizes)
         per_weight += index * len(site.linears) / weights
     return per_weight

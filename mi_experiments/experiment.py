@@ -18,7 +18,7 @@ from mi_experiments.composing import to_plain
 from mi_experiments.config import Config, Export, ModelConfig
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.errors import AuditError, MiError
-from mi_experiments.llm.export import export_dense
+from mi_experiments.llm.export import export_dense, verify_export
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import ModelSource, load_model, locate_model
 from mi_experiments.llm.perplexity import measure_perplexity
@@ -172,6 +172,7 @@ def compute(config: Config, recorder: Recorder, tracker: Tracker, progress: Prog
                     if linear.report.status != "untouched"
                 },
             )
+            verify_export(recorder.run_dir, model)
 
 
 def find_model(model: ModelConfig) -> ModelSource:

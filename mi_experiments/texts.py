@@ -42,7 +42,7 @@ class EvaluationText:
     name: str
     cut: str
     seqlen: int
-    windows: Sequence[Int[Tensor, "tokens"]]
+    windows: Sequence[Int[Tensor, "_"]]
     dropped_tokens: int
     sha256: str
     floor: float | None

@@ -1,4 +1,4 @@
-"""Arrows between modules point one way: commands → experiment → {plan, pipeline} → {llm, method}."""
+"""Arrows point one way: commands → experiment → {plan, pipeline} → {llm, method}."""
 
 import ast
 from pathlib import Path

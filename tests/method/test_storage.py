@@ -7,17 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.method import storage
+from mi_experiments.method import packing
 from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.packing import pack, unpack
 from mi_experiments.method.pruning import Sparsity, choose_pruned
-from mi_experiments.method.storage import (
-    Storage,
-    average_bits,
-    count_storage,
-    find_layout,
-    pack,
-    unpack,
-)
+from mi_experiments.method.storage import Storage, average_bits, count_storage, find_layout
 
 DENSE, HALF = Sparsity(0.0), Sparsity(0.5)
 
@@ -169,7 +163,7 @@ def test_streams_have_the_counted_bytes_and_are_read_back_exactly(linear):
 @settings(max_examples=50, deadline=None)
 def test_chunks_that_end_inside_a_byte_change_nothing(linear, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "CHUNK", chunk)
+        patch.setattr(packing, "CHUNK", chunk)
         assert_round_trip(linear)
 
 
@@ -177,13 +171,13 @@ def test_every_pattern_of_a_window_has_its_own_number():
     sparsity = Sparsity.structured(3, 7)
     kept = torch.combinations(torch.arange(7), 3)
     pruned = torch.ones(35, 7, dtype=torch.bool).scatter_(1, kept, value=False)
-    ranks = storage._rank(pruned, sparsity)
+    ranks = packing._rank(pruned, sparsity)
     assert ranks.sort().values.tolist() == list(range(35))
-    assert torch.equal(storage._unrank(ranks, find_layout(None, pruned, sparsity, None)), pruned)
+    assert torch.equal(packing._unrank(ranks, find_layout(None, pruned, sparsity, None)), pruned)
 
 
 def test_bits_are_written_lowest_first_without_gaps():
-    stream = storage._write([(torch.tensor([0b101, 0b110, 0b111]), 3), (torch.tensor([1]), 2)])
+    stream = packing._write([(torch.tensor([0b101, 0b110, 0b111]), 3), (torch.tensor([1]), 2)])
     assert stream.tolist() == [0b11_110_101, 0b011]
 
 

@@ -1,0 +1,211 @@
+"""Refine a swept linear: better codes for its scales, then better scales for its codes.
+
+The sweep never looks back: a weight once fixed stays. With E = Ŵ − W the loss of a row is
+e H′ eᵀ and its gradient in channel j is twice g_j = (e H′)_j, so with all other weights of the row
+fixed the best value of a weight is
+
+    w_j ← ŵ_j − g_j / H′_jj
+
+(coordinate descent, as in QuantEase, arXiv:2309.01885). Likewise the best scale of a row's scale
+group, whose weights are scale · level, moves by −Σ_j g_j level_j / (level H′ levelᵀ).
+
+Both moves are minimisers of a parabola, rounded to the nearest point of a grid that the old value
+is on as well. The nearest point is never worse than any other, so no move can raise a row's loss.
+"""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mi_experiments.errors import NumericalError
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.sparsegpt import Swept
+
+RIDGE = 1e-4
+"""Pull towards the old scale, as a fraction of the curvature."""
+
+LARGEST_CHANGE = 4.0
+"""A scale that wants to grow or shrink by more than this factor is left as it is."""
+
+
+def refine(
+    swept: Swept,
+    grid: Grid,
+    target: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    *,
+    rounds: int = 2,
+    order: Int64[Tensor, "columns"] | None = None,
+) -> tuple[Swept, Grid]:
+    """Descend on the codes, then refit the scales, in turns.
+
+    What is pruned, the widths and the zero points stay; no row's loss rises.
+
+    Args:
+        swept: The linear after the sweep, on ``grid``.
+        grid: Levels of its weights.
+        target: The weights that the sweep approximated, W or W*.
+        hessian: H′, damped, by channel: both axes in storage order.
+        rounds: How many turns.
+        order: The channel at each position of the descent; natural by default.
+
+    Returns:
+        The refined linear, with its loss under H′, and the grid it is on.
+
+    Raises:
+        NumericalError: The loss is not finite.
+        ValueError: The Hessian has a diagonal entry that is not positive.
+    """
+    for _ in range(rounds):
+        swept = descend(swept, grid, target, hessian, order=order)
+        swept, grid = refit_scales(swept, grid, target, hessian)
+    return swept, grid
+
+
+@torch.no_grad()
+def descend(
+    swept: Swept,
+    grid: Grid,
+    target: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    *,
+    order: Int64[Tensor, "columns"] | None = None,
+    leaf: int = 64,
+) -> Swept:
+    """Move every kept weight once to its best value given all others, one channel after another.
+
+    Quantized weights go to the nearest code, the old one if two are equally near; the others take
+    the minimiser as it is. The arithmetic is done in the dtype of the Hessian.
+
+    Args:
+        swept: The linear to start from, on ``grid``.
+        grid: Levels of its weights.
+        target: The weights to approximate.
+        hessian: H′, damped, by channel.
+        order: The channel at each position of the descent; natural by default.
+        leaf: Channels that share one product for their gradient; no influence but on speed.
+
+    Raises:
+        NumericalError: The loss is not finite.
+        ValueError: The Hessian has a diagonal entry that is not positive.
+    """
+    if (hessian.diagonal() <= 0).any():
+        raise ValueError("the diagonal of the Hessian must be positive: damp it")
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    weight, error = _transposed(swept, target, hessian)
+    quantized = grid.quantized[order].tolist()
+    for start, channels in enumerate(torch.split(order, leaf)):
+        panel = hessian[channels]
+        coupling, gradient = panel[:, channels], panel @ error
+        scale = _scales(grid, channels, weight.dtype)
+        least, most = _room(weight[channels] / scale, swept.pruned[:, channels].T, grid, channels)
+        step = torch.zeros_like(gradient)
+        newton = (scale * coupling.diagonal()[:, None]).reciprocal_().neg_()
+        for j, rounded in enumerate(quantized[start * leaf : start * leaf + len(channels)]):
+            # The gradient knows the error before the leaf: add what the leaf has moved since.
+            gradient[j].addmv_(step[:j].T, coupling[j, :j])
+            # Rounding the step, not the level, half to even: a tie keeps the old code.
+            level = gradient[j].mul_(newton[j])
+            level = level.round_() if rounded else level
+            torch.mul(level.clamp_(least[j], most[j]), scale[j], out=step[j])
+        error.index_add_(0, channels, step)
+        weight.index_add_(0, channels, step)
+    codes = swept.codes
+    if codes is not None:
+        columns = grid.quantized.nonzero()[:, 0]
+        codes = codes.index_copy(1, columns, grid.encode(weight[columns].T, columns))
+    return _settle(replace(swept, weight=weight.T, codes=codes), grid, target, hessian)
+
+
+@torch.no_grad()
+def refit_scales(
+    swept: Swept,
+    grid: Grid,
+    target: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+) -> tuple[Swept, Grid]:
+    """Refit every scale once by least squares, given the codes and all other scales.
+
+    Each row's scale groups take turns. The new scale is a float16 again; one that would leave
+    [s/4, 4s] is rejected. Zero points and codes stay.
+
+    Args:
+        swept: The linear to start from, on ``grid``.
+        grid: Levels of its weights.
+        target: The weights to approximate.
+        hessian: H′, damped, by channel.
+
+    Raises:
+        NumericalError: The loss is not finite.
+    """
+    weight, error = _transposed(swept, target, hessian)
+    scales = grid.scale.clone()
+    sizes = torch.bincount(grid.scale_group).tolist()
+    groups = torch.split(grid.scale_group.argsort(stable=True), sizes)
+    quantized = grid.quantized[torch.stack([channels[0] for channels in groups])].tolist()
+    for group, channels in enumerate(groups):
+        if not quantized[group]:
+            continue
+        old = scales[:, group].to(weight.dtype)
+        level, panel = weight[channels] / old, hessian[channels]
+        slope = (panel @ error).mul_(level).sum(0)
+        curvature = (panel[:, channels] @ level).mul_(level).sum(0)
+        new = (old - slope / (curvature * (1 + RIDGE))).half().to(old.dtype)
+        # Where all levels are zero the minimiser is 0/0, which is in no range.
+        in_range = (new >= old / LARGEST_CHANGE) & (new <= old * LARGEST_CHANGE)
+        new = torch.where(in_range, new, old)
+        scales[:, group] = new.to(scales.dtype)
+        error.index_add_(0, channels, level.mul_(new - old))
+    refitted = replace(grid, scale=scales)
+    return _settle(swept, refitted, target, hessian), refitted
+
+
+def _transposed(
+    swept: Swept, target: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]
+) -> tuple[Float[Tensor, "columns rows"], Float[Tensor, "columns rows"]]:
+    """Copy the weights and their error so that a channel is contiguous."""
+    weight = swept.weight.T.to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
+    return weight, weight - target.T.to(hessian.dtype)
+
+
+def _scales(
+    grid: Grid, channels: Int64[Tensor, "chosen"], dtype: torch.dtype
+) -> Float[Tensor, "chosen rows"]:
+    """Scale of every weight of some channels; 1 where unquantized."""
+    return grid.scale[:, grid.scale_group[channels]].T.to(dtype)
+
+
+def _room(
+    level: Float[Tensor, "chosen rows"],
+    pruned: Bool[Tensor, "chosen rows"],
+    grid: Grid,
+    channels: Int64[Tensor, "chosen"],
+) -> tuple[Float[Tensor, "chosen rows"], Float[Tensor, "chosen rows"]]:
+    """Farthest a weight may move down and up, in levels; a pruned weight may not move."""
+    zero = grid.zero_point[:, grid.scale_group[channels]].T
+    top = 2 ** grid.bits[channels, None].to(level.dtype) - 1
+    unbounded = ~grid.quantized[channels, None]
+    least = (-zero - level).masked_fill(unbounded, -torch.inf)
+    most = (top - zero - level).masked_fill(unbounded, torch.inf)
+    return least.masked_fill_(pruned, 0), most.masked_fill_(pruned, 0)
+
+
+def _settle(
+    moved: Swept,
+    grid: Grid,
+    target: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+) -> Swept:
+    """Decode the codes, so that weights are exactly on their grid, and measure the loss."""
+    weight = moved.weight.to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
+    if moved.codes is not None:
+        columns = grid.quantized.nonzero()[:, 0]
+        level = grid.decode(moved.codes[:, columns], columns)
+        weight.index_copy_(1, columns, level.to(weight.dtype))
+    error = weight - target.to(weight.dtype)
+    loss = (error @ hessian).mul_(error).sum(1)
+    if not loss.isfinite().all():
+        raise NumericalError("the loss of the refined linear is not finite")
+    return Swept(weight, moved.codes, moved.pruned, loss)

@@ -1,0 +1,333 @@
+"""The Fisher information equals brute force given the labels, and its closed form over them."""
+
+import contextlib
+import gc
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.fisher import (
+    POSITIONS_CHUNK,
+    draw_uniforms,
+    measure_fisher,
+    sample_labels,
+)
+from mi_experiments.llm.inventory import Inventory, LinearView, take_inventory
+
+EXACT = 1e-10  # relative, in float64: two ways to the same gradient differ by rounding alone
+SEED = 3
+Builder = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Direct(PreTrainedModel):
+    """Logits are the outputs of the only linear: z = W·embedding(token)."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, embeddings: Tensor, weight: Tensor) -> None:
+        super().__init__(PreTrainedConfig(num_hidden_layers=1))
+        self.embedding = nn.Embedding.from_pretrained(embeddings)
+        self.layers = nn.ModuleList([nn.Linear(*weight.T.shape, bias=False, dtype=weight.dtype)])
+        self.layers[0].weight.data.copy_(weight)
+        self.eval().requires_grad_(False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.layers[0](self.embedding(input_ids)))
+
+
+def build_direct(vocabulary: int = 5) -> Direct:
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(vocabulary, 3, generator=generator, dtype=torch.float64)
+    return Direct(embeddings, torch.randn(vocabulary, 3, generator=generator, dtype=torch.float64))
+
+
+def measure(model: PreTrainedModel, tokens: Tensor, seed: int = SEED, **options: Any) -> dict:
+    return measure_fisher(model, tokens, take_inventory(model), seed=seed, **options)
+
+
+def labels_of(model: PreTrainedModel, sample: Tensor, seed: int = SEED) -> Tensor:
+    """The labels that were drawn, from the model's full logits."""
+    with torch.no_grad():
+        logits = model(input_ids=sample[None], use_cache=False).logits[0]
+    return sample_labels(logits.softmax(-1), draw_uniforms(sample, seed))
+
+
+@contextlib.contextmanager
+def shifted(linear: LinearView, shift: Tensor) -> Iterator[None]:
+    """Add a tensor to the output of a linear."""
+    handle = linear.module.register_forward_hook(lambda _m, _a, output: output + shift)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fisher_by_hand(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """Squared gradients on explicit leaves added to all outputs, of the textbook loss."""
+    linears = [linear for block in take_inventory(model).linears for linear in block]
+    sums = {linear.name: torch.zeros(linear.rows, dtype=model.dtype) for linear in linears}
+    for sample in tokens:
+        labels = labels_of(model, sample)
+        with contextlib.ExitStack() as stack:
+            leaves = {}
+            for linear in linears:
+                leaf = torch.zeros(1, len(sample), linear.rows, dtype=model.dtype)
+                leaves[linear.name] = leaf.requires_grad_()
+                stack.enter_context(shifted(linear, leaf))
+            logits = model(input_ids=sample[None], use_cache=False).logits[0]
+            cross_entropy(logits, labels, reduction="sum").backward()
+        for name, leaf in leaves.items():
+            sums[name] += leaf.grad[0].square().sum(0)
+    return {name: total / tokens.numel() for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma3"])
+def test_equals_gradients_on_explicit_leaves(
+    name: str, tiny_model: Builder, tiny_tokens: Builder
+) -> None:
+    model, tokens = tiny_model(name).double(), tiny_tokens(3, 9)
+    fisher, by_hand = measure(model, tokens), fisher_by_hand(model, tokens)
+    assert fisher.keys() == by_hand.keys()
+    for linear, values in fisher.items():
+        # Attention to keys alone is invariant to what all keys share; see k_proj's bias in OPT.
+        assert values.max() > 0, linear
+        torch.testing.assert_close(values, by_hand[linear], rtol=EXACT, atol=EXACT * values.max())
+
+
+def test_equals_finite_differences(tiny_model: Builder, tiny_tokens: Builder) -> None:
+    model, tokens, step = tiny_model("llama").double(), tiny_tokens(1, 5), 1e-5
+    fisher, labels = measure(model, tokens), labels_of(model, tokens[0])
+
+    def loss(linear: LinearView, position: int, row: int, size: float) -> float:
+        shift = torch.zeros(5, linear.rows, dtype=torch.float64)
+        shift[position, row] = size
+        with shifted(linear, shift), torch.no_grad():
+            logits = model(input_ids=tokens, use_cache=False).logits[0]
+        return cross_entropy(logits, labels, reduction="sum").item()
+
+    linears = take_inventory(model).linears[0]
+    for linear, row in [(linears[0], 1), (linears[2], 4), (linears[-1], 7)]:
+        gradients = [
+            (loss(linear, t, row, step) - loss(linear, t, row, -step)) / (2 * step)
+            for t in range(5)
+        ]
+        expected = math.fsum(gradient**2 for gradient in gradients) / 5
+        assert fisher[linear.name][row].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_logits_is_the_variance_of_the_label() -> None:
+    """For y = z the Fisher information is diag(p) − ppᵀ, whatever the text's next tokens are."""
+    model = build_direct()
+    tokens = torch.randint(5, (16, 1024), generator=torch.Generator().manual_seed(1))
+    (fisher,) = measure(model, tokens).values()
+    with torch.no_grad():
+        p = model(input_ids=tokens).logits.softmax(-1).flatten(0, 1)
+    expected = (p * (1 - p)).mean(0)
+    # (p − [label = k])² has variance p(1 − p)(1 − 2p)² over labels.
+    error = (p * (1 - p) * (1 - 2 * p).square()).sum(0).sqrt() / len(p)
+    assert ((fisher - expected).abs() < 4 * error).all()
+    # Neither of the two usual mistakes would pass for it.
+    onehot = nn.functional.one_hot
+    likeliest = (p - onehot(p.argmax(-1), 5)).square().mean(0)
+    following = (p[:-1] - onehot(tokens.flatten()[1:], 5)).square().mean(0)
+    for mistake in (likeliest, following):
+        assert ((mistake - expected).abs() > 20 * error).any()
+
+
+def test_of_an_earlier_position_sums_over_the_labels_it_influences() -> None:
+    """If position 0 moves n later logits alike, its Fisher information is the sum of theirs."""
+
+    class Broadcast(Direct):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> CausalLMOutput:
+            outputs = self.layers[0](self.embedding(input_ids))
+            return CausalLMOutput(logits=outputs[:, :1].expand_as(outputs))
+
+    direct, (nsamples, seqlen) = build_direct(), (4096, 4)
+    model = Broadcast(direct.embedding.weight, direct.layers[0].weight)
+    generator = torch.Generator().manual_seed(1)
+    # Only the first token is read; the others tell the samples' labels apart.
+    tokens = torch.randint(5, (nsamples, seqlen), generator=generator)
+    tokens[:, 0] = 2
+    seeds = [measure(model, tokens[:256], seed)["layers.0"] for seed in range(16)]
+    fisher = torch.stack(seeds)
+    with torch.no_grad():
+        p = model(input_ids=tokens[:1]).logits[0, 0].softmax(-1)
+    # n independent scores on one position, over n positions: the n cancels, and nothing of the
+    # cross terms (which would multiply it by up to n) is left.
+    error = fisher.std(0) / math.sqrt(len(seeds))
+    assert ((fisher.mean(0) - p * (1 - p)).abs() < 4 * error).all()
+    assert (error < 0.1 * p * (1 - p)).all()
+
+
+def test_labels_follow_the_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])
+    uniforms = torch.arange(8, dtype=torch.float64) / 8
+    labels = sample_labels(probabilities.expand(8, -1), uniforms)
+    assert labels.tolist() == [1, 1, 3, 3, 3, 3, 4, 4]
+    # Rounding of the sum of a row must not make the last label too likely or overflow.
+    labels = sample_labels(0.999 * probabilities[None], torch.tensor([1 - 2**-53]).double())
+    assert labels.tolist() == [4]
+
+
+def test_more_positions_than_a_chunk_are_all_counted() -> None:
+    model, seqlen = build_direct(), 2 * POSITIONS_CHUNK + 3
+    tokens = torch.randint(5, (1, seqlen), generator=torch.Generator().manual_seed(1))
+    by_hand = fisher_by_hand(model, tokens)["layers.0"]
+    torch.testing.assert_close(measure(model, tokens)["layers.0"], by_hand, rtol=EXACT, atol=0)
+
+
+def test_output_without_influence_is_exactly_zero(
+    tiny_model: Builder, tiny_tokens: Builder
+) -> None:
+    model = tiny_model("llama")
+    mlp, attention = model.model.layers[1].mlp, model.model.layers[1].self_attn
+    mlp.down_proj.weight[:, 5] = 0
+    attention.o_proj.weight.zero_()
+    fisher = measure(model, tiny_tokens(2, 8))
+    for linear in ("gate_proj", "up_proj"):
+        values = fisher[f"model.layers.1.mlp.{linear}"]
+        assert values[5] == 0
+        assert values.count_nonzero() == len(values) - 1
+    for linear in ("q_proj", "k_proj", "v_proj"):
+        assert not fisher[f"model.layers.1.self_attn.{linear}"].any()
+        assert fisher[f"model.layers.0.self_attn.{linear}"].any()
+
+
+def test_is_the_mean_over_samples_in_any_order(tiny_model: Builder, tiny_tokens: Builder) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(5, 8)
+    whole, turned = measure(model, tokens), measure(model, tokens.flip(0))
+    parts = [measure(model, tokens[:2]), measure(model, tokens[2:])]
+    for name, values in whole.items():
+        assert values.dtype == torch.float32
+        torch.testing.assert_close(turned[name], values, rtol=1e-6, atol=0)
+        mean = (2 * parts[0][name] + 3 * parts[1][name]) / 5
+        torch.testing.assert_close(mean, values, rtol=1e-6, atol=0)
+
+
+def test_seed_decides_and_global_randomness_does_not(
+    tiny_model: Builder, tiny_tokens: Builder
+) -> None:
+    model, tokens = tiny_model("gpt2"), tiny_tokens(2, 8)
+    state = torch.get_rng_state()
+    first = measure(model, tokens)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    again, other = measure(model, tokens), measure(model, tokens, seed=SEED + 1)
+    for name, values in first.items():
+        assert torch.equal(values, again[name])
+        assert not torch.equal(values, other[name])
+    # Equal positions of different samples must not share their draws.
+    assert not torch.equal(draw_uniforms(tokens[0], SEED), draw_uniforms(tokens[1], SEED))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_ambient_modes_do_not_matter(
+    mode: Builder, tiny_model: Builder, tiny_tokens: Builder
+) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(2, 8)
+    expected = measure(model, tokens)
+    with mode():
+        values = measure(model, tokens + 0)
+    assert all(torch.equal(values[name], expected[name]) for name in expected)
+    assert not any(value.is_inference() or value.requires_grad for value in values.values())
+
+
+def test_half_precision_keeps_the_score_of_a_sure_model() -> None:
+    """At p = 0.999, bfloat16 rounds p to 1; most labels then have a score of zero."""
+    logits = torch.tensor([[math.log(0.999), math.log(0.0005), math.log(0.0005)]])
+    model = Direct(torch.ones(1, 1), logits.T).to(torch.bfloat16)
+    (fisher,) = measure(model, torch.zeros(1, 32, dtype=torch.int64)).values()
+    p = model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0].float().softmax(-1)
+    assert labels_of(model, torch.zeros(32, dtype=torch.int64)).max() == 0
+    torch.testing.assert_close(fisher, (p - torch.eye(3)[0]).square(), rtol=0.02, atol=0)
+
+
+def graph_tensors() -> int:
+    """Tensors known to Python that hold on to a graph."""
+    return sum(type(o) is Tensor and o.grad_fn is not None for o in gc.get_objects())
+
+
+def test_leaves_neither_graph_nor_gradients_nor_hooks(
+    tiny_model: Builder, tiny_tokens: Builder
+) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(3, 8)
+    # Even if someone forgot to freeze it, no parameter may collect a gradient.
+    model.lm_head.weight.requires_grad_()
+    frozen = [parameter.requires_grad for parameter in model.parameters()]
+    made: list[StorageWeakRef] = []
+
+    def note(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        made.append(StorageWeakRef(output.untyped_storage()))
+
+    watched = [model.lm_head, model.model.layers[0].mlp.up_proj]
+    handles = [module.register_forward_hook(note) for module in watched]
+    before = graph_tensors()
+
+    def check(index: int) -> None:
+        assert len(made) == 2 * (index + 1)
+        assert graph_tensors() == before
+        assert all(storage.expired() for storage in made)
+
+    gc.collect()
+    gc.disable()  # nothing may wait for the collector
+    try:
+        values = measure(model, tokens, on_sample=check)
+    finally:
+        gc.enable()
+    assert len(made) == 6
+    for handle in handles:
+        handle.remove()
+    assert [parameter.requires_grad for parameter in model.parameters()] == frozen
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(value.requires_grad for value in values.values())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_hooks_go_when_the_model_fails(tiny_model: Builder, tiny_tokens: Builder) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(IndexError):
+        measure(model, tiny_tokens(1, 8) + 1000)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_reports_samples_in_order(tiny_model: Builder, tiny_tokens: Builder) -> None:
+    seen: list[int] = []
+    measure(tiny_model("llama"), tiny_tokens(3, 4), on_sample=seen.append)
+    assert seen == [0, 1, 2]
+
+
+def test_refuses_what_has_no_answer(tiny_model: Builder, tiny_tokens: Builder) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(2, 4)
+    with pytest.raises(ValueError, match="no token"):
+        measure(model, tokens[:0])
+    with pytest.raises(ValueError, match="eval mode"):
+        measure(model.train(), tokens)
+    model.eval()
+    idle = LinearView("model.idle", nn.Linear(2, 3))
+    inventory = take_inventory(model)
+    unread = Inventory(inventory.path, inventory.modules, (*inventory.linears, (idle,)), {})
+    with pytest.raises(InputError, match=r"reaches 1 linears, model\.idle"):
+        measure_fisher(model, tokens, unread, seed=SEED)
+    model.model.embed_tokens.weight[int(tokens[1, -1])] = math.nan
+    assert int(tokens[1, -1]) not in tokens[0]
+    with pytest.raises(NumericalError, match=r"sample 1: .*model\.dtype=float32"):
+        measure(model, tokens)
