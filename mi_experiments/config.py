@@ -77,6 +77,7 @@ class Export(Enum):
 
     nothing = "nothing"
     dense = "dense"
+    packed = "packed"
 
 
 @dataclass

@@ -22,6 +22,7 @@ from mi_experiments.llm.export import export_dense, verify_export
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import ModelSource, load_model, locate_model
 from mi_experiments.llm.perplexity import measure_perplexity
+from mi_experiments.packed import export_packed
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, plan_compression
 from mi_experiments.progress import Progress
@@ -173,6 +174,10 @@ def compute(config: Config, recorder: Recorder, tracker: Tracker, progress: Prog
                 },
             )
             verify_export(recorder.run_dir, model)
+    if config.export is Export.packed:
+        with recorder.phase("export"):
+            symmetric = config.wbits.symmetric
+            export_packed(model, compressed, plan.sparsity, recorder.run_dir, symmetric=symmetric)
 
 
 def find_model(model: ModelConfig) -> ModelSource:

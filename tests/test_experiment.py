@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mi_experiments import experiment
 from mi_experiments.commands.run import conf_directory
@@ -18,6 +20,7 @@ from mi_experiments.config import Config
 from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.experiment import run_experiment
+from mi_experiments.packed import read_packed
 from mi_experiments.progress import Progress
 from mi_experiments.record import Result, read_linears, read_result
 from mi_experiments.tracking import Tracker
@@ -121,6 +124,39 @@ def test_an_export_is_what_was_evaluated(config_of: Callable[..., Config], tmp_p
     )
     reloaded = run(again, tmp_path / "again")
     assert reloaded.dense["text"].nll == result.compressed["text"].nll
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["wbits.average=3.25", "n_groups.multiple=1"],
+        ["sparsity=semistructured_2_4", "wbits=uniform", "wbits.symmetric=true"],
+        ["sparsity=dense", "wbits.widths=[2,4,16]", "n_groups.count=4", "n_groups.multiple=1"],
+    ],
+)
+def test_the_packed_file_has_the_effective_bits_and_the_same_weights(
+    choice: list[str], config_of: Callable[..., Config], tmp_path: Path
+) -> None:
+    dense = run(config_of(*choice, "export=dense", "model.dtype=float32"), tmp_path / "dense")
+    result = run(config_of(*choice, "export=packed", "model.dtype=float32"), tmp_path / "packed")
+    assert result.bits == dense.bits
+    assert result.bits is not None
+    path = tmp_path / "packed" / "packed.safetensors"
+    with safe_open(path, "pt") as file:
+        packed = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    counted = {
+        linear.name: linear.effective_bits * linear.weights
+        for linear in read_linears(tmp_path / "packed")
+    }
+    # Each of the five streams of a linear ends with a partly filled byte.
+    assert 0 <= packed * 8 - sum(counted.values()) < 5 * 8 * len(counted)
+    weights = load_file(tmp_path / "dense" / "model" / "model.safetensors")
+    quantized = load_file(tmp_path / "dense" / "grids.safetensors")
+    for name, weight in read_packed(path):
+        at = quantized[f"{name}.bits"] < 16
+        assert torch.equal(weight[:, at], weights[f"{name}.weight"][:, at])
+        halves = weights[f"{name}.weight"][:, ~at].half().float()
+        assert torch.equal(weight[:, ~at], halves)
 
 
 def test_several_texts_in_one_run(config_of: Callable[..., Config], tmp_path: Path) -> None:

@@ -84,13 +84,13 @@ def measure_fisher(
                     )
             if on_sample is not None:
                 on_sample(index)
-    if unread := [linear.name for linear in linears if linear.name not in sums]:
-        raise InputError(
-            f"no sample reaches {len(unread)} linears, {unread[0]} first; "
-            "match what the model does not call by a pattern of model.ignore"
-        )
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    return {linear.name: (sums[linear.name] / tokens.numel()).to(dtype) for linear in linears}
+        if unread := [linear.name for linear in linears if linear.name not in sums]:
+            raise InputError(
+                f"no sample reaches {len(unread)} linears, {unread[0]} first; "
+                "match what the model does not call by a pattern of model.ignore"
+            )
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return {linear.name: (sums[linear.name] / tokens.numel()).to(dtype) for linear in linears}
 
 
 def draw_uniforms(tokens: Int64[Tensor, "seqlen"], seed: int) -> Float64[Tensor, "seqlen"]:
@@ -110,9 +110,11 @@ def sample_labels(
         uniforms: In [0, 1), on any device.
     """
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
-    thresholds = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
-    # Strictly above the threshold, so that a label of probability zero is never drawn. The clamp
-    # serves rows with a NaN, which would point beyond the vocabulary.
+    total = cumulative[:, -1:]
+    thresholds = uniforms.to(total.device)[:, None] * total
+    # Strictly between: the first sum above a threshold below the total is never that of a label of
+    # probability zero. The last clamp serves rows with a NaN, which point beyond the vocabulary.
+    thresholds = thresholds.minimum(total.nextafter(torch.zeros_like(total)))
     labels = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
     return labels.clamp(max=probabilities.shape[1] - 1)
 

@@ -148,7 +148,7 @@ def refit_scales(
     for group, channels in enumerate(groups):
         if not quantized[group]:
             continue
-        old = scales[:, group].to(weight.dtype)
+        old = grid.scale[:, group].to(weight.dtype)
         level, panel = weight[channels] / old, hessian[channels]
         slope = (panel @ error).mul_(level).sum(0)
         curvature = (panel[:, channels] @ level).mul_(level).sum(0)

@@ -112,13 +112,12 @@ def refit_by_search(swept, grid, target, hessian):
             continue
         old = float(scale[row, group])
         level = torch.where(inside, weight[row] / old, 0)
-        trials = weight[row] + torch.tensor([-0.5, 0.0, 0.5])[:, None] * level
+        trials = weight[row] + torch.tensor([-1.0, 0.0, 1.0])[:, None] * level
         down, here, up = quadratic(trials, target[row], hessian).tolist()
-        curvature = 2 * (down - 2 * here + up)
+        curvature = up - 2 * here + down
         if curvature < 1e-9:
             continue
-        move = -(up - down) / 2 / curvature * 2 / (1 + 1e-4) / 2 * 1.0
-        new = float(np.float16(old + move))
+        new = float(np.float16(old - (up - down) / 2 / (curvature * (1 + module.RIDGE))))
         if old / 4 <= new <= 4 * old:
             scale[row, group] = new
             weight[row] += (new - old) * level
@@ -136,3 +135,211 @@ def test_refit_equals_a_line_search_of_every_scale(widths, sparsity):
     assert torch.equal(found.codes, swept.codes)
     assert torch.equal(refitted.zero_point, grid.zero_point)
     torch.testing.assert_close(found.weight, weight, rtol=0, atol=1e-12)
+
+
+def one_group(bits=3, seed=0):
+    """A linear with a single scale per row, rounded to the nearest level of a poor scale."""
+    target, hessian = normal(ROWS, 9, seed=seed), make_hessian(9, seed)
+    widths = torch.full((9,), bits, dtype=torch.uint8)
+    group = torch.zeros(9, dtype=torch.int32)
+    grid = fit_grid(target, widths, group, symmetric=False, clip_search=False)
+    grid = replace(grid, scale=(grid.scale * 0.7).half().double())
+    return as_swept(target, grid), grid, target, hessian
+
+
+def as_swept(target, grid, pruned=None):
+    """Round to nearest, without any sweep."""
+    pruned = torch.zeros_like(target, dtype=torch.bool) if pruned is None else pruned
+    weight = grid.quantize(target.masked_fill(pruned, 0))
+    codes = torch.zeros(target.shape, dtype=torch.int16)
+    columns = grid.quantized.nonzero()[:, 0]
+    codes[:, columns] = grid.encode(weight[:, columns], columns)
+    return Swept(weight, codes, pruned, weight.new_zeros(len(weight)))
+
+
+def test_refit_of_one_group_is_least_squares(monkeypatch):
+    monkeypatch.setattr(module, "RIDGE", 0.0)
+    swept, grid, target, hessian = one_group()
+    found, refitted = refit_scales(swept, grid, target, hessian)
+    root = np.linalg.cholesky(hessian.numpy())
+    for row in range(ROWS):
+        level = (swept.codes[row] - grid.zero_point[row, 0]).double().numpy()
+        best = np.linalg.lstsq((level @ root)[:, None], target[row].numpy() @ root, rcond=None)[0]
+        assert float(refitted.scale[row, 0]) == float(np.float16(best[0]))
+        residual = (best[0] * level - target[row].numpy()) @ root
+        assert float(found.loss[row]) == pytest.approx(residual @ residual, rel=1e-5)
+    assert (refitted.scale != grid.scale).all()
+
+
+@pytest.mark.parametrize(
+    ("factor", "moves"), [(3.98, True), (4.02, False), (0.252, True), (0.248, False), (-1, False)]
+)
+def test_refit_rejects_a_scale_beyond_a_factor_of_four(factor, moves):
+    swept, grid, _, hessian = one_group()
+    found, refitted = refit_scales(swept, grid, factor * swept.weight, hessian)
+    if moves:
+        torch.testing.assert_close(refitted.scale, factor * grid.scale, rtol=1e-3, atol=0)
+    else:
+        assert torch.equal(refitted.scale, grid.scale)
+        assert torch.equal(found.weight, swept.weight)
+
+
+def test_refit_leaves_the_scale_of_a_group_without_weights():
+    _, grid, target, hessian = make_problem()
+    pruned = torch.zeros_like(target, dtype=torch.bool)
+    pruned[2, grid.scale_group == 1] = True
+    _, refitted = refit_scales(as_swept(target, grid, pruned), grid, target, hessian)
+    assert refitted.scale[2, 1] == grid.scale[2, 1]
+    assert (refitted.scale[3:] != grid.scale[3:]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("sparsity", [DENSE, HALF, Sparsity(1 / 3)], ids=["dense", "half", "third"])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_raises_the_loss_of_a_row_and_the_result_passes_the_audit(
+    widths, sparsity, seed, dtype
+):
+    swept, grid, target, hessian = make_problem(widths, sparsity, seed, dtype)
+    pruned, before = swept.pruned, quadratic(swept.weight, target, hessian)
+    start = before.sum()
+    for step in range(6):
+        if step % 2:
+            swept, grid = refit_scales(swept, grid, target, hessian)
+        else:
+            swept = descend(swept, grid, target, hessian)
+        after = quadratic(swept.weight, target, hessian)
+        assert (after <= before * (1 + SLACK[dtype])).all()
+        torch.testing.assert_close(swept.loss.double(), after, rtol=100 * SLACK[dtype], atol=0)
+        before = after
+        assert swept.weight.dtype == dtype
+        assert torch.equal(swept.pruned, pruned)
+        assert (swept.codes[:, ~grid.quantized] == 0).all()
+        audit_linear(
+            swept,
+            grid,
+            sparsity,
+            original=None,
+            order=torch.arange(COLUMNS),
+            mask_block=MASK_BLOCK,
+            max_average_bits=None,
+            stored=None,
+        )
+    assert before.sum() < 0.99 * start
+
+
+def test_refine_takes_turns():
+    swept, grid, target, hessian = make_problem(sparsity=HALF)
+    order = shuffled(COLUMNS)
+    found, found_grid = refine(swept, grid, target, hessian, rounds=2, order=order)
+    for _ in range(2):
+        swept = descend(swept, grid, target, hessian, order=order)
+        swept, grid = refit_scales(swept, grid, target, hessian)
+    assert torch.equal(found.weight, swept.weight)
+    assert torch.equal(found.codes, swept.codes)
+    assert torch.equal(found.loss, swept.loss)
+    assert torch.equal(found_grid.scale, grid.scale)
+
+
+def every_change_of_one_code(swept, grid, target, hessian):
+    """The least that a row's loss changes by when one kept weight takes another code."""
+    here = quadratic(swept.weight, target, hessian)
+    for row, channel in itertools.product(range(len(here)), range(len(hessian))):
+        if not swept.pruned[row, channel]:
+            for code in range(2 ** int(grid.bits[channel])):
+                trial = swept.weight[row].clone()
+                trial[channel] = level_of(grid, row, channel, code)
+                yield float(quadratic(trial, target[row], hessian) - here[row])
+
+
+@pytest.mark.parametrize("sparsity", [DENSE, HALF], ids=["dense", "half"])
+def test_no_single_change_of_a_code_lowers_the_loss_at_convergence(sparsity):
+    swept, grid, target, hessian = make_problem(sparsity=sparsity)
+    assert min(every_change_of_one_code(swept, grid, target, hessian)) < -1e-3
+    swept, grid = refine(swept, grid, target, hessian, rounds=30)
+    again, same = refine(swept, grid, target, hessian, rounds=1)
+    assert torch.equal(again.codes, swept.codes)
+    assert torch.equal(same.scale, grid.scale)
+    assert min(every_change_of_one_code(swept, grid, target, hessian)) > -1e-12
+
+
+@pytest.mark.parametrize("columns", [3, 4])
+def test_tiny_rows_mostly_reach_the_best_codes_there_are(columns):
+    shares = []
+    for seed in range(5):
+        hessian, target = make_hessian(columns, seed), normal(40, columns, seed=seed + 9)
+        grid = make_grid(target, (2,), None)
+        swept = sweep(target, factorize(hessian, damping=0.0), grid=grid)
+        refined = swept
+        for _ in range(10):
+            refined = descend(refined, grid, target, hessian)
+        codes = torch.tensor(list(itertools.product(range(4), repeat=columns)))
+        every = (codes[:, None] - grid.zero_point) * grid.scale
+        best = quadratic(every, target, hessian).amin(0)
+        swept_loss, loss = quadratic(swept.weight, target, hessian), refined.loss
+        assert (loss <= swept_loss * (1 + 1e-12)).all()
+        shares.append([(x <= best * (1 + 1e-9)).double().mean() for x in (swept_loss, loss)])
+    swept_share, share = torch.tensor(shares).mean(0).tolist()
+    print(swept_share, share)
+    assert share > swept_share + 0.02
+
+
+def test_unquantized_survivors_converge_to_least_squares():
+    swept, grid, target, hessian = make_problem((16,))
+    pruned = normal(ROWS, COLUMNS, seed=7) > 0
+    swept = Swept(target.masked_fill(pruned, 0), None, pruned, swept.loss)
+    found, same = refine(swept, grid, target, hessian, rounds=2000)
+    for row in range(ROWS):
+        kept = ~pruned[row]
+        best = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ target[row])
+        torch.testing.assert_close(found.weight[row, kept], best, rtol=0, atol=1e-9)
+    assert found.codes is None
+    assert (found.weight[pruned] == 0).all()
+    assert torch.equal(same.scale, grid.scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("hessian", [torch.eye(COLUMNS), make_hessian(COLUMNS)], ids=["eye", "ar"])
+def test_weights_already_on_their_grid_do_not_change(hessian, dtype):
+    grid = make_grid(normal(ROWS, COLUMNS, dtype=dtype), (2, 16, 4))
+    target = grid.quantize(normal(ROWS, COLUMNS, seed=1, dtype=dtype))
+    found, same = refine(as_swept(target, grid), grid, target, hessian.to(dtype), rounds=3)
+    assert torch.equal(found.weight, target)
+    assert torch.equal(found.loss, torch.zeros(ROWS, dtype=dtype))
+    assert torch.equal(same.scale, grid.scale)
+
+
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_a_tie_keeps_the_old_code(code):
+    """Half-way between two codes, below or above, both are equally good."""
+    grid = Grid(
+        torch.tensor([2], dtype=torch.uint8),
+        torch.tensor([0], dtype=torch.int32),
+        torch.ones(2, 1),
+        torch.zeros(2, 1, dtype=torch.int32),
+    )
+    target = torch.tensor([[code + 0.5], [code - 0.5]])
+    weight = torch.full((2, 1), float(code))
+    codes = torch.full((2, 1), code, dtype=torch.int16)
+    swept = Swept(weight, codes, torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2))
+    assert torch.equal(descend(swept, grid, target, torch.ones(1, 1)).codes, codes)
+
+
+def test_inputs_are_not_modified():
+    swept, grid, target, hessian = make_problem((2, 16, 4), HALF)
+    given = [swept.weight, swept.codes, swept.pruned, grid.scale, target, hessian]
+    copies = [tensor.clone() for tensor in given]
+    refine(swept, grid, target, hessian)
+    assert all(map(torch.equal, given, copies))
+
+
+def test_trouble_is_named():
+    swept, grid, target, hessian = make_problem()
+    hessian[3, 3] = 0
+    with pytest.raises(ValueError, match="damp it"):
+        refine(swept, grid, target, hessian)
+    hessian[3, 3] = torch.nan
+    with pytest.raises(NumericalError, match="not finite"):
+        descend(swept, grid, target, hessian)
+    with pytest.raises(NumericalError, match="not finite"):
+        refit_scales(swept, grid, target, hessian)
