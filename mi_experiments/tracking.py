@@ -236,11 +236,9 @@ def private_settings(timeout: int) -> wandb.Settings:
         finish_timeout=UPLOAD_SECONDS,
         finish_timeout_raises=True,
         use_dot_wandb=False,
-        silent=True,
         console="off",
         host="",
         save_code=False,
-        disable_git=True,
         x_disable_machine_info=True,
     )
 

@@ -170,6 +170,7 @@ def test_every_number_is_read_back_from_the_offline_run(config, tmp_path, capfd)
     sweep_dir = tmp_path / "sweeps" / "2026-01-02" / "widths"
     run_dir = sweep_dir / "3"
     run_dir.mkdir(parents=True)
+    (sweep_dir / ".wandb").mkdir()  # where it exists, the client would prefer it
     asked = with_tracking(config, mode=TrackingMode.offline, tags=["mine", "t" * 70, "mine"])
     done = result(asked)
     with Tracker.open(asked, run_dir, sweep_dir=sweep_dir, job="job 3") as tracker:
@@ -177,6 +178,7 @@ def test_every_number_is_read_back_from_the_offline_run(config, tmp_path, capfd)
             tracker.log_evaluation("dense", name, measured)
         for linear in LINEARS:
             tracker.log_linear(linear)
+        print("on the terminal only")
         tracker.finish(done, LINEARS)
 
     assert (tracker.mode, tracker.fallback) == ("offline", None)
@@ -186,7 +188,8 @@ def test_every_number_is_read_back_from_the_offline_run(config, tmp_path, capfd)
         f"wandb leet {sweep_dir}/wandb",
         f"wandb sync {tracker.directory}",
     ]
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("on the terminal only\n", "")
+    assert not (tracker.directory / "files" / "output.log").exists()
 
     records = read_records(tracker.directory)
     started = records["run"][0]
@@ -286,6 +289,7 @@ def test_no_secret_is_in_any_byte_of_the_records(config, tmp_path, monkeypatch):
     token = "hf_" + "aB3" * 12
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-environment")
+    monkeypatch.setenv("WANDB_SAVE_CODE", "true")
     monkeypatch.setattr(sys, "argv", ["mi-run", "model.path=planted-argument"])
     model = replace(
         config.model,
@@ -302,6 +306,7 @@ def test_no_secret_is_in_any_byte_of_the_records(config, tmp_path, monkeypatch):
 
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"output_error" in content
+    assert not list(tmp_path.rglob("*.py"))
     for secret in ("planted", token, KEY, "sk-xxx", socket.gethostname() + '"'):
         assert secret.encode() not in content, secret
     sent = read_summary(tracker.directory)["config"]["config"]["model"]

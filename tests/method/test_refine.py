@@ -167,7 +167,9 @@ def test_refit_of_one_group_is_least_squares(monkeypatch):
         best = np.linalg.lstsq((level @ root)[:, None], target[row].numpy() @ root, rcond=None)[0]
         assert float(refitted.scale[row, 0]) == float(np.float16(best[0]))
         residual = (best[0] * level - target[row].numpy()) @ root
-        assert float(found.loss[row]) == pytest.approx(residual @ residual, rel=1e-5)
+        rounding = (best[0] * 2**-11 * level) @ root
+        excess = float(found.loss[row]) - residual @ residual
+        assert -1e-12 <= excess <= rounding @ rounding
     assert (refitted.scale != grid.scale).all()
 
 
@@ -256,15 +258,16 @@ def every_change_of_one_code(swept, grid, target, hessian):
 def test_no_single_change_of_a_code_lowers_the_loss_at_convergence(sparsity):
     swept, grid, target, hessian = make_problem(sparsity=sparsity)
     assert min(every_change_of_one_code(swept, grid, target, hessian)) < -1e-3
-    swept, grid = refine(swept, grid, target, hessian, rounds=30)
+    swept, grid = refine(swept, grid, target, hessian, rounds=200)
     again, same = refine(swept, grid, target, hessian, rounds=1)
     assert torch.equal(again.codes, swept.codes)
     assert torch.equal(same.scale, grid.scale)
     assert min(every_change_of_one_code(swept, grid, target, hessian)) > -1e-12
 
 
-@pytest.mark.parametrize("columns", [3, 4])
-def test_tiny_rows_mostly_reach_the_best_codes_there_are(columns):
+@pytest.mark.parametrize(("columns", "least_share"), [(3, 0.85), (4, 0.68)])
+def test_tiny_rows_mostly_reach_the_best_codes_there_are(columns, least_share):
+    """Rows are problems of their own: 200 of them, of which the sweep solves 74 % and 56 %."""
     shares = []
     for seed in range(5):
         hessian, target = make_hessian(columns, seed), normal(40, columns, seed=seed + 9)
@@ -280,15 +283,14 @@ def test_tiny_rows_mostly_reach_the_best_codes_there_are(columns):
         assert (loss <= swept_loss * (1 + 1e-12)).all()
         shares.append([(x <= best * (1 + 1e-9)).double().mean() for x in (swept_loss, loss)])
     swept_share, share = torch.tensor(shares).mean(0).tolist()
-    print(swept_share, share)
-    assert share > swept_share + 0.02
+    assert share >= max(least_share, swept_share + 0.1)
 
 
 def test_unquantized_survivors_converge_to_least_squares():
     swept, grid, target, hessian = make_problem((16,))
     pruned = normal(ROWS, COLUMNS, seed=7) > 0
     swept = Swept(target.masked_fill(pruned, 0), None, pruned, swept.loss)
-    found, same = refine(swept, grid, target, hessian, rounds=2000)
+    found, same = refine(swept, grid, target, hessian, rounds=1000)
     for row in range(ROWS):
         kept = ~pruned[row]
         best = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ target[row])

@@ -1,0 +1,41 @@
+"""Provenance says where numbers come from, and no secret."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mi_experiments import provenance
+from mi_experiments.provenance import SECRET, checkout_commit
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["hf_AbCdEfGh1234", "sk-abcdefgh12345678", "0123456789abcdef0123456789abcdef01234567"],
+)
+def test_secrets_are_blotted_out(secret: str) -> None:
+    assert secret not in SECRET.sub("***", f"mi-run model.path={secret}")
+    assert "pass" not in SECRET.sub("***", "https://user:pass@host/model")
+
+
+def test_the_commit_is_that_of_the_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mi_experiments"
+    package.mkdir()
+    (package / "provenance.py").write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    assert checkout_commit() is None
+
+    def git(*arguments: str) -> str:
+        author = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        command = ["git", "-C", str(tmp_path), *author, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "x")
+    head = git("rev-parse", "HEAD")
+    assert checkout_commit() == head
+    (package / "provenance.py").write_text("changed")
+    assert checkout_commit() == f"{head}+"
