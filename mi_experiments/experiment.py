@@ -36,6 +36,7 @@ from mi_experiments.record import (
     write_linears,
     write_result,
 )
+from mi_experiments.scrubbing import scrub
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
 from mi_experiments.tracking import Tracker
 
@@ -51,7 +52,7 @@ class Recorder:
         self.result = Result(
             status="running",
             error=None,
-            config=to_plain(config),
+            config=scrub(to_plain(config)),
             provenance=None,
             dense={},
             compressed={},
@@ -106,7 +107,7 @@ def run_experiment(config: Config, run_dir: Path, tracker: Tracker, progress: Pr
     except BaseException as error:
         line = str(error) if isinstance(error, MiError) else f"{type(error).__name__}: {error}"
         with suppress(OSError):
-            recorder.update(status="failed", error=line)
+            recorder.update(status="failed", error=scrub(line))
         raise
     finally:
         tracker.finish(recorder.result, recorder.linears)

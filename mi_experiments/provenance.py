@@ -4,7 +4,6 @@ import datetime
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +16,12 @@ from mi_experiments.config import Config
 from mi_experiments.llm.loading import ModelSource, content_hash
 from mi_experiments.llm.windows import token_hash
 from mi_experiments.record import Provenance
+from mi_experiments.scrubbing import scrub
 
 NUMERICS_VERSION = 1
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
-
-SECRET = re.compile(r"hf_\w{8,}|sk-[\w-]{8,}|\b[0-9a-f]{40}\b|(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
 
 
 def measure_provenance(
@@ -34,13 +32,14 @@ def measure_provenance(
 ) -> Provenance:
     """Collect the provenance of a run whose model and calibration tokens are loaded."""
     device = next(model.parameters()).device
+    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return Provenance(
         numerics_version=NUMERICS_VERSION,
         versions={"python": platform.python_version()}
         | {library: importlib.metadata.version(library) for library in LIBRARIES},
         commit=checkout_commit(),
-        command=SECRET.sub("***", " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        command=" ".join(scrub_argument(argument) for argument in arguments),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         platform=f"{platform.platform()} {platform.processor()}".strip(),
         device=name,
@@ -54,6 +53,12 @@ def measure_provenance(
         model_revision=source.commit,
         calibration_sha256=token_hash(calibration),
     )
+
+
+def scrub_argument(argument: str) -> str:
+    """Mask secrets in one argument; a pinned revision is none."""
+    key, equals, value = argument.partition("=")
+    return str(key + equals + scrub(value, key.rpartition(".")[2]) if equals else scrub(argument))
 
 
 def checkout_commit() -> str | None:

@@ -157,7 +157,7 @@ class Result:
     """A run.
 
     Attributes:
-        status: `completed` or `failed`.
+        status: `running`, `completed` or `failed`.
         error: the one line of a failed run.
         config: what was asked.
         provenance: where the numbers come from; None if the run failed before it was known.

@@ -199,16 +199,17 @@ def varying(frame: pd.DataFrame) -> list[str]:
 
 def differs(frame: pd.DataFrame, name: str) -> bool:
     """Tell whether a setting has two values; one of a text is compared within that text."""
-    if name == "tokens_sha256":
+    if name == "tokens_sha256" and "text" in frame:
         return bool((frame.groupby("text")[name].nunique() > 1).any())
-    return frame.loc[own_rows(frame, name), name].nunique(dropna=name in PROVENANCE) > 1
+    values = frame.loc[own_rows(frame, name), name]
+    return int(values.nunique(dropna=name in PROVENANCE)) > 1
 
 
 def own_rows(frame: pd.DataFrame, name: str) -> pd.Series:
     """Mark the rows that can have a setting: all, or those of the text that it belongs to."""
-    texts = frame["text"] if "text" in frame else pd.Series("", frame.index)
-    everywhere = not name.startswith("evaluation.datasets.")
-    return pd.Series([everywhere or belongs(name, text) for text in texts], frame.index)
+    if not name.startswith("evaluation.datasets.") or "text" not in frame:
+        return pd.Series(True, frame.index)
+    return frame["text"].map(lambda text: belongs(name, text)).astype(bool)
 
 
 def is_copy(frame: pd.DataFrame, name: str, other: str) -> bool:
@@ -216,7 +217,7 @@ def is_copy(frame: pd.DataFrame, name: str, other: str) -> bool:
     if DOTTED.get(name, name).split(".")[-1] != DOTTED.get(other, other).split(".")[-1]:
         return False
     rows = frame.loc[own_rows(frame, name)]
-    return all(cells(rows[[name]])[i] == cells(rows[[other]])[i] for i in range(len(rows)))
+    return cells(rows[[name]]) == cells(rows[[other]])
 
 
 def stands_for(frame: pd.DataFrame, columns: Iterable[str]) -> set[str]:
@@ -236,5 +237,14 @@ def stands_for(frame: pd.DataFrame, columns: Iterable[str]) -> set[str]:
 
 def cells(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
     """Return the rows as tuples that compare equal where values are missing in both."""
-    rows = frame.itertuples(index=False, name=None)
-    return [tuple(None if pd.isna(cell) else cell for cell in row) for row in rows]
+    rows = frame.itertuples(name=None)
+    return [tuple(None if pd.isna(cell) else cell for cell in row[1:]) for row in rows]
+
+
+def show_value(cell: object) -> str:
+    """Write a setting as on the command line: `3`, `true`, `null`, `random`."""
+    if pd.isna(cell):
+        return "null"
+    if isinstance(cell, float):
+        return f"{cell:g}"
+    return str(cell).lower() if pd.api.types.is_bool(cell) else str(cell)

@@ -24,6 +24,7 @@ import wandb
 from mi_experiments.composing import to_plain
 from mi_experiments.config import Config, TrackingMode
 from mi_experiments.record import Evaluation, LinearReport, Result, weighted_mean
+from mi_experiments.scrubbing import scrub
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,6 @@ CALL_SECONDS = 30.0
 
 UPLOAD_SECONDS = 60.0
 """Longest wait for the last records of an online run to arrive at the server."""
-
-TOKEN = re.compile(r"\bhf_\w{8,}|\bsk-[\w-]{8,}|\bwandb_v\d_\w+|(?<=://)[^/@\s]+(?=@)")
-HEX_KEY = re.compile(r"\b[0-9a-f]{40}\b")
 
 Outcome = tuple[Any, str | None]
 """What the client returned and None; or None and in one line why it returned nothing."""
@@ -274,21 +272,6 @@ def sweep_name(sweep_dir: Path) -> str:
     path = sweep_dir.resolve().as_posix()
     name = path.rpartition("/sweeps/")[2] if "/sweeps/" in path else sweep_dir.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-80:]
-
-
-def scrub(value: Any, key: str = "") -> Any:
-    """Mask tokens, API keys and the user part of addresses in plain data.
-
-    A `revision` may be a commit, which looks like an API key and is none.
-    """
-    if isinstance(value, dict):
-        return {name: scrub(item, name) for name, item in value.items()}
-    if isinstance(value, list):
-        return [scrub(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = TOKEN.sub("***", value)
-    return value if key == "revision" else HEX_KEY.sub("***", value)
 
 
 def summary_of(result: Result) -> dict[str, Any]:

@@ -6,16 +6,20 @@ from pathlib import Path
 import pytest
 
 from mi_experiments import provenance
-from mi_experiments.provenance import SECRET, checkout_commit
+from mi_experiments.provenance import checkout_commit, scrub_argument
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.mark.parametrize(
-    "secret",
-    ["hf_AbCdEfGh1234", "sk-abcdefgh12345678", "0123456789abcdef0123456789abcdef01234567"],
-)
-def test_secrets_are_blotted_out(secret: str) -> None:
-    assert secret not in SECRET.sub("***", f"mi-run model.path={secret}")
-    assert "pass" not in SECRET.sub("***", "https://user:pass@host/model")
+@pytest.mark.parametrize("secret", ["hf_AbCdEfGh1234", "sk-abcdefgh12345678", KEY])
+def test_secrets_in_arguments_are_blotted_out(secret: str) -> None:
+    assert scrub_argument(f"model.path={secret}") == "model.path=***"
+    assert scrub_argument(secret) == "***"
+    assert "pass" not in scrub_argument("model.path=https://user:pass@host/model")
+
+
+def test_a_pinned_revision_is_no_secret() -> None:
+    assert scrub_argument(f"model.revision={KEY}") == f"model.revision={KEY}"
 
 
 def test_the_commit_is_that_of_the_checkout(

@@ -28,7 +28,8 @@ from mi_experiments.record import (
     Result,
     weighted_mean,
 )
-from mi_experiments.tracking import METRICS, Tracker, asked_mode, scrub, sweep_name
+from mi_experiments.scrubbing import scrub
+from mi_experiments.tracking import METRICS, Tracker, asked_mode, sweep_name
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 KEY = "0123456789abcdef" * 2 + "deadbeef"

@@ -42,7 +42,7 @@ def conf_directory() -> str:
 def main() -> None:
     """Run the command line; expected failures are one line and an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
     try:
         compose()
@@ -82,8 +82,8 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
         print_dry_run(dry_run(config), config, console)
         return None
     with log_file(run_dir), claim(run_dir):
-        tracker = Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name)
-        result = run_experiment(config, run_dir, tracker, Progress())
+        with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
+            result = run_experiment(config, run_dir, tracker, Progress())
         print_result(result, run_dir, tracker, console)
     return next(iter(result.compressed.values())).perplexity
 

@@ -16,13 +16,10 @@ def print_result(result: Result, run_dir: Path, tracker: Tracker, console: Conso
     """Print what a run gave: perplexities, bits, sparsity, time, and where the records lie."""
     console.print(perplexity_table(result))
     console.print(budget_table(result))
-    console.print(f"[bold]records[/]  {run_dir}", soft_wrap=True)
-    console.print(f"         {RESULT}  {LINEARS}  run.log  .hydra/", soft_wrap=True)
-    if tracker.fallback:
-        console.print(f"[bold]W&B[/]      {tracker.fallback}", soft_wrap=True)
-    for number, command in enumerate(tracker.commands()):
-        title = "[bold]W&B[/]      " if number == 0 and not tracker.fallback else "         "
-        console.print(title + command, soft_wrap=True, highlight=False)
+    lines = [("records", str(run_dir)), ("", f"{RESULT}  {LINEARS}  run.log  .hydra/")]
+    lines += [("W&B", line) for line in [tracker.fallback, *tracker.commands()] if line]
+    for title, line in lines:
+        console.print(f"{title:<8} {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def perplexity_table(result: Result) -> Table:

@@ -95,15 +95,18 @@ def descend(
         raise ValueError("the diagonal of the Hessian must be positive: damp it")
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     weight, error = _transposed(swept, target, hessian)
-    quantized = grid.quantized[order].tolist()
-    for start, channels in enumerate(torch.split(order, leaf)):
+    # Kept on the host, so that the loop need not wait for the device.
+    quantized = grid.quantized[order].cpu()
+    for channels, rounding in zip(
+        torch.split(order, leaf), torch.split(quantized, leaf), strict=True
+    ):
         panel = hessian[channels]
         coupling, gradient = panel[:, channels], panel @ error
         scale = _scales(grid, channels, weight.dtype)
         least, most = _room(weight[channels] / scale, swept.pruned[:, channels].T, grid, channels)
         step = torch.zeros_like(gradient)
         newton = (scale * coupling.diagonal()[:, None]).reciprocal_().neg_()
-        for j, rounded in enumerate(quantized[start * leaf : start * leaf + len(channels)]):
+        for j, rounded in enumerate(rounding.tolist()):
             # The gradient knows the error before the leaf: add what the leaf has moved since.
             gradient[j].addmv_(step[:j].T, coupling[j, :j])
             # Rounding the step, not the level, half to even: a tie keeps the old code.

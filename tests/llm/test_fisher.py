@@ -192,6 +192,17 @@ def test_more_positions_than_a_chunk_are_all_counted() -> None:
     torch.testing.assert_close(measure(model, tokens)["layers.0"], by_hand, rtol=EXACT, atol=0)
 
 
+def test_models_may_scale_their_embeddings_in_place() -> None:
+    class Scaled(Direct):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> CausalLMOutput:
+            return CausalLMOutput(logits=self.layers[0](self.embedding(input_ids).mul_(2)))
+
+    direct, tokens = build_direct(), torch.tensor([[1, 4, 0, 2, 3, 3]])
+    model = Scaled(direct.embedding.weight, direct.layers[0].weight)
+    by_hand = fisher_by_hand(model, tokens)["layers.0"]
+    torch.testing.assert_close(measure(model, tokens)["layers.0"], by_hand, rtol=EXACT, atol=0)
+
+
 def test_output_without_influence_is_exactly_zero(
     tiny_model: Builder, tiny_tokens: Builder
 ) -> None:
@@ -242,6 +253,8 @@ def test_ambient_modes_do_not_matter(
 ) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(2, 8)
     expected = measure(model, tokens)
+    # Not frozen, so that its graph, if there were one, would hold the tokens.
+    model.model.embed_tokens.weight.requires_grad_()
     with mode():
         values = measure(model, tokens + 0)
     assert all(torch.equal(values[name], expected[name]) for name in expected)

@@ -288,13 +288,15 @@ def test_tiny_rows_mostly_reach_the_best_codes_there_are(columns, least_share):
 
 def test_unquantized_survivors_converge_to_least_squares():
     swept, grid, target, hessian = make_problem((16,))
+    # Larger than any code, because unquantized weights know no bounds.
+    target = 1e6 * target
     pruned = normal(ROWS, COLUMNS, seed=7) > 0
     swept = Swept(target.masked_fill(pruned, 0), None, pruned, swept.loss)
     found, same = refine(swept, grid, target, hessian, rounds=1000)
     for row in range(ROWS):
         kept = ~pruned[row]
         best = torch.linalg.solve(hessian[kept][:, kept], hessian[kept] @ target[row])
-        torch.testing.assert_close(found.weight[row, kept], best, rtol=0, atol=1e-9)
+        torch.testing.assert_close(found.weight[row, kept], best, rtol=0, atol=1e-3)
     assert found.codes is None
     assert (found.weight[pruned] == 0).all()
     assert torch.equal(same.scale, grid.scale)
@@ -327,11 +329,15 @@ def test_a_tie_keeps_the_old_code(code):
     assert torch.equal(descend(swept, grid, target, torch.ones(1, 1)).codes, codes)
 
 
-def test_inputs_are_not_modified():
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_inputs_are_not_modified(rows):
+    """The transpose of a single row is contiguous, and so easily no copy."""
     swept, grid, target, hessian = make_problem((2, 16, 4), HALF)
+    swept = Swept(swept.weight[:rows], swept.codes[:rows], swept.pruned[:rows], swept.loss[:rows])
+    grid = replace(grid, scale=grid.scale[:rows], zero_point=grid.zero_point[:rows])
     given = [swept.weight, swept.codes, swept.pruned, grid.scale, target, hessian]
     copies = [tensor.clone() for tensor in given]
-    refine(swept, grid, target, hessian)
+    refine(swept, grid, target[:rows], hessian)
     assert all(map(torch.equal, given, copies))
 
 

@@ -1,0 +1,179 @@
+"""mi-compare: the runs below some directories as one table, averaged, paired, pivoted, exported."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+
+from mi_experiments.commands.formats import draw, write_table
+from mi_experiments.compare import add_difference, average_over, pivot
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.record import write_atomically
+from mi_experiments.run_table import (
+    AVERAGED,
+    COUNT,
+    INTERVAL,
+    RESULTS,
+    find_column,
+    read_runs,
+    varying,
+)
+from mi_experiments.selection import select_rows
+
+PROGRAM = "mi-compare"
+SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".tex": "latex",
+            ".json": "json", ".txt": "table"}  # fmt: skip
+EXAMPLES = """\
+examples:
+  mi-compare sweeps/2026-01-31                          what varies, and the results
+  mi-compare sweeps --where "wbits.average <= 4 and n_groups.grouping in ['random', 'energy']"
+  mi-compare sweeps --over seed --sort excess           means with 95 % t intervals
+  mi-compare sweeps --baseline grouping=random --over seed      paired differences of excess
+  mi-compare sweeps --over seed --pivot grouping wbits excess --output excess.tex --digits 3
+
+columns: the settings by config key (wbits.average) or short name (wbits); dense and compressed
+perplexity; excess = compressed - dense negative log-likelihood, nats per token; average_bits and
+effective_bits per weight; seconds; peak_memory in bytes. Averaged columns have NAME_ci95 (half the
+width of the interval) and NAME_n (samples) beside them.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; expected failures are one line and an exit code."""
+    try:
+        compare(parse(list(sys.argv[1:] if arguments is None else arguments)))
+        sys.stdout.flush()
+    except MiError as error:
+        fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader (head, less) has left; what Python flushes at its end must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        fail(f"{error.strerror}: {error.filename}", InputError.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(line: str, code: int) -> None:
+    """Print one line to standard error and leave."""
+    print(f"{PROGRAM}: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        PROGRAM,
+        description="Compare runs: a row for each run and evaluation text, failed runs included.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="PATH", help="run directory, sweep, or any tree")
+    add("--where", metavar="EXPRESSION", help="keep these rows: comparisons, and, or, not, in")
+    add("--baseline", metavar="KEY=VALUE,...", help="add the paired difference of excess to it")
+    add("--over", type=names, default=[], metavar="KEYS", help="average over these settings")
+    add("--sort", type=names, default=[], metavar="KEYS", help="order of rows; -KEY: descending")
+    add("--columns", type=names, default=[], metavar="NAMES", help="what to show, or: all")
+    add("--pivot", nargs=3, metavar=("ROWS", "COLUMNS", "VALUE"), help="a table of two settings")
+    add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by --output")
+    add("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
+    add("--digits", type=int, metavar="N", help="decimals of results (table: 4; others: exact)")
+    # argparse takes the value -excess for an option unless it is joined to its own.
+    joined = re.sub(r"(^|\0)--sort\0(?=-\w)", r"\1--sort=", "\0".join(arguments))
+    options = parser.parse_args(joined.split("\0") if joined else [])
+    if options.pivot and options.columns:
+        parser.error("--columns and --pivot cannot be joined")
+    if options.digits is not None and options.digits < 0:
+        parser.error("--digits takes 0 or more")
+    return options
+
+
+def names(text: str) -> list[str]:
+    """Split a comma list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Read, select, pair, average, sort, choose columns, and print or write."""
+    form = choose_format(options.format, options.output)
+    frame = read_runs(options.paths)
+    if options.where:
+        frame = select_rows(frame, options.where)
+    notes = unfinished(frame)
+    if options.baseline:
+        frame = add_difference(frame, options.baseline)
+        alone = int((frame["difference"].isna() & (frame["status"] == "completed")).sum())
+        notes += [f"{alone} rows have no partner with {options.baseline}"] * bool(alone)
+    if options.over:
+        frame = average_over(frame, options.over)
+    for key in reversed(options.sort):
+        column = find_column(frame, key.removeprefix("-"))
+        rising = not key.startswith("-")
+        frame = frame.sort_values(column, ascending=rising, kind="stable", ignore_index=True)
+    if options.pivot:
+        frame = pivot(frame, *options.pivot)
+    else:
+        frame = frame[choose_columns(frame, options.columns, form)]
+    deliver(frame, form, options, notes)
+
+
+def choose_format(form: str | None, output: Path | None) -> str:
+    """Return the format: as asked, by the file's suffix, or a table in the terminal."""
+    if form == "parquet" and output is None:
+        raise InputError("--format parquet is binary: give --output FILE")
+    if form or output is None:
+        return form or "table"
+    if output.suffix not in SUFFIXES:
+        raise InputError(f"--output {output}: give --format, or one of {', '.join(SUFFIXES)}")
+    return SUFFIXES[output.suffix]
+
+
+def unfinished(frame: pd.DataFrame) -> list[str]:
+    """Return a line for each run that is not completed: its status and error."""
+    runs = frame[frame["status"] != "completed"].drop_duplicates("run")
+    return [
+        f"{run} {status}" + ("" if pd.isna(error) else f": {' '.join(error.split())}")
+        for run, status, error in zip(runs["run"], runs["status"], runs["error"], strict=True)
+    ]
+
+
+def choose_columns(frame: pd.DataFrame, asked: Sequence[str], form: str) -> list[str]:
+    """Return the columns asked for; by default what varies between the rows, and the results."""
+    if asked == ["all"]:
+        return list(frame)
+    if asked:
+        return list(dict.fromkeys(find_column(frame, name) for name in asked))
+    shown = ["run"]
+    if (frame["status"] != "completed").any():
+        # In a table the errors are lines below it.
+        shown += ["status"] if form == "table" else ["status", "error"]
+    shown += [*varying(frame), "runs"]
+    results = AVERAGED if "runs" in frame else RESULTS
+    shown += [name + part for name in results for part in ("", INTERVAL, COUNT)]
+    return [name for name in shown if name in frame]
+
+
+def deliver(
+    frame: pd.DataFrame, form: str, options: argparse.Namespace, notes: Sequence[str]
+) -> None:
+    """Print or write the table; notes that it has no place for go to standard error."""
+    if form == "table" and options.output is None and sys.stdout.isatty():
+        draw(frame, options.digits, notes, Console())
+        return
+    content = write_table(frame, form, options.digits, notes)
+    if form != "table":
+        for note in notes:
+            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+    if options.output is None:
+        sys.stdout.write(content.decode())
+    else:
+        write_atomically(options.output, content)
+        print(f"{options.output}: {len(frame)} rows")
