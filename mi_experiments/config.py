@@ -45,10 +45,16 @@ class Scope(Enum):
 
 
 class Cost(Enum):
-    """What a width costs: a group's output error, as it is or relative to its linear's output."""
+    """What a width costs.
+
+    `distortion`: the group's output error; `relative`: divided by its linear's output energy;
+    `fisher`: each output's error weighted by the Fisher information of the loss about it, which
+    makes costs of different linears comparable.
+    """
 
     distortion = "distortion"
     relative = "relative"
+    fisher = "fisher"
 
 
 class GridFit(Enum):
@@ -167,6 +173,7 @@ class WbitsConfig:
     symmetric: bool
     group_size: int | None
     clip_search: bool
+    fisher_samples: int
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -192,6 +199,8 @@ class WbitsConfig:
             require(
                 "wbits.widths", self.widths, reachable, "at least one width within wbits.average"
             )
+        enough = self.fisher_samples >= 1
+        require("wbits.fisher_samples", self.fisher_samples, enough, "at least 1 sequence")
         if self.group_size is not None:
             require("wbits.group_size", self.group_size, self.group_size >= 1, "at least 1 channel")
 
@@ -235,10 +244,13 @@ class RecipeConfig:
     grid_fit: GridFit
     input_share: float
     residual_share: float
+    refine_rounds: int
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
+        rounds = self.refine_rounds
+        require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
         for key in ("input_share", "residual_share"):
             share = getattr(self, key)
             require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")

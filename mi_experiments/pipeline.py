@@ -27,6 +27,7 @@ from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
 from mi_experiments.method.information import total_correlation
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.refine import refine
 from mi_experiments.method.sparsegpt import Swept, sweep
 from mi_experiments.method.storage import count_storage
 from mi_experiments.method.targets import Drift, correct_target
@@ -42,6 +43,11 @@ class SiteStatistics:
     factor: Factor
     drift: Drift | None
     total_correlation: float
+
+    def damped_hessian(self) -> Float[Tensor, "columns columns"]:
+        """Return H′, with the damping that the factor finally used."""
+        damping = self.factor.damping * self.hessian.diagonal.mean()
+        return self.hessian.matrix + torch.diag(damping.expand(len(self.hessian.diagonal)))
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def compress_linear(
     linear_plan = plan.linears[linear.name]
     original = linear.read_weight()
     target = aim(linear, original, statistics, linear_plan, plan, config)
-    swept, grid = solve(target, statistics.factor, linear_plan, plan.sparsity, config)
+    swept, grid = solve(target, statistics, linear_plan, plan.sparsity, config)
     linear.write_weight(swept.weight)
     linear_budget = config.wbits.scope is Scope.linear
     audit = audit_linear(
@@ -210,13 +216,13 @@ def aim(
 
 def solve(
     weight: Float[Tensor, "rows columns"],
-    factor: Factor,
+    statistics: SiteStatistics,
     linear_plan: LinearPlan,
     sparsity: Sparsity,
     config: Config,
 ) -> tuple[Swept, Grid | None]:
     """Prune and quantize one matrix as the recipe says; without either it stays as it is."""
-    block = config.sparsity.mask_block
+    factor, block = statistics.factor, config.sparsity.mask_block
     bits = linear_plan.bits.to(weight.device)
     scale_group = linear_plan.scale_group.to(weight.device)
     quantized = bool((bits < UNQUANTIZED).any())
@@ -226,10 +232,16 @@ def solve(
         return sweep(weight, factor, sparsity=pruning, mask_block=block), None
     if pruning is None or config.recipe.grid_fit is GridFit.original:
         grid = fit(weight, bits, scale_group)
-        return sweep(weight, factor, grid=grid, sparsity=pruning, mask_block=block), grid
-    first = sweep(weight, factor, sparsity=pruning, mask_block=block)
-    grid = fit(first.weight, bits, scale_group, pruned=first.pruned)
-    return sweep(weight, factor, grid=grid, pruned=first.pruned, mask_block=block), grid
+        swept = sweep(weight, factor, grid=grid, sparsity=pruning, mask_block=block)
+    else:
+        first = sweep(weight, factor, sparsity=pruning, mask_block=block)
+        grid = fit(first.weight, bits, scale_group, pruned=first.pruned)
+        swept = sweep(weight, factor, grid=grid, pruned=first.pruned, mask_block=block)
+    if rounds := config.recipe.refine_rounds:
+        return refine(
+            swept, grid, weight, statistics.damped_hessian(), rounds=rounds, order=factor.order
+        )
+    return swept, grid
 
 
 def stored_form(swept: Swept, grid: Grid | None, linear_plan: LinearPlan) -> LinearGrid:

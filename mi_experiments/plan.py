@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, NGroupsConfig, Scope
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, Site, walk_blocks
+from mi_experiments.llm.fisher import measure_fisher
+from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.measure import measure_hessians, site_context
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import fit_grid, scale_groups
@@ -143,6 +145,7 @@ def plan_compression(
         InputError: more groups than channels.
         NumericalError: activations that are not finite, or a Hessian that cannot be factorized.
     """
+    fisher = measure_loss(model, calibration, config)
     drafts: list[DraftLinear] = []
     information: dict[str, InformationSummary] = {}
     activations = needs_activations(config)
@@ -161,7 +164,7 @@ def plan_compression(
         for site in block.sites:
             with site_context(block, site):
                 site_drafts, summary = draft_site(
-                    block, site, hessians.pop(site.name, None), config
+                    block, site, hessians.pop(site.name, None), fisher, config
                 )
             drafts += site_drafts
             if summary is not None:
@@ -171,7 +174,11 @@ def plan_compression(
 
 
 def draft_site(
-    block: Block, site: Site, hessian: Hessian | None, config: Config
+    block: Block,
+    site: Site,
+    hessian: Hessian | None,
+    fisher: Mapping[str, Float[Tensor, "_"]],
+    config: Config,
 ) -> tuple[list[DraftLinear], InformationSummary | None]:
     """Group a site's channels and price every group of its linears at every width."""
     groups = config.n_groups
@@ -199,11 +206,24 @@ def draft_site(
     for linear in site.linears:
         prices = None
         if mixed and hessian is not None and factor is not None:
-            prices = price_groups(linear.read_weight(), channel_group, hessian, factor, config)
+            weight = linear.read_weight()
+            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
+            prices = price_groups(weight, loss, channel_group, hessian, factor, config)
         drafts.append(
             DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)
         )
     return drafts, summary
+
+
+def measure_loss(
+    model: PreTrainedModel, calibration: Int[Tensor, "nsamples seqlen"], config: Config
+) -> dict[str, Float[Tensor, "_"]]:
+    """Return what the loss feels of each output of each linear, if the budget is spent by that."""
+    wbits = config.wbits
+    if wbits.allocation is not Allocation.mixed or wbits.cost is not Cost.fisher:
+        return {}
+    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
+    return measure_fisher(model, calibration[: wbits.fisher_samples], inventory, seed=config.seed)
 
 
 def sum_energy(site: Site) -> Float[Tensor, "columns"]:
@@ -213,6 +233,7 @@ def sum_energy(site: Site) -> Float[Tensor, "columns"]:
 
 def price_groups(
     weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"],
     channel_group: Int[Tensor, "columns"],
     hessian: Hessian,
     factor: Factor,
@@ -220,9 +241,10 @@ def price_groups(
 ) -> GroupCosts:
     """Price each group at each width by the output error that its grids, really fitted, would make.
 
-    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i (Q_b(W_ij) − W_ij)² over the group's channels j and the rows i
-    that survive pruning: the error that remains after the other channels have compensated
-    (GPTQ, arXiv:2210.17323, equation 2).
+    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the rows
+    i that survive pruning: the error that remains after the other channels have compensated (GPTQ,
+    arXiv:2210.17323, equation 2), where `loss` f_i is 1, or with `cost=fisher` the Fisher
+    information of the model's loss about output i.
     """
     saliency = 1 / factor.inverse_diagonal()
     sparsity = sparsity_of(config)
@@ -246,7 +268,7 @@ def price_groups(
             error = grid.quantize(weight) - weight
         if pruned is not None:
             error = error.masked_fill(pruned, 0)
-        per_channel = error.square().sum(0).double() * saliency
+        per_channel = (loss @ error.square()).double() * saliency
         columns.append(
             per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
         )

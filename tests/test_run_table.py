@@ -121,3 +121,10 @@ def test_an_unknown_column_gets_its_neighbour(tmp_path: Path) -> None:
     assert find_column(frame, "wbits.average") == find_column(frame, "wbits") == "wbits"
     with pytest.raises(InputError, match=r"unknown column exces; did you mean excess\?"):
         find_column(frame, "exces")
+
+
+def test_a_row_has_the_settings_of_its_own_text_only(tmp_path: Path) -> None:
+    make_run(tmp_path / "0", {"stories": 0.1, "news": 0.2})
+    frame = read_runs([tmp_path]).set_index("text")
+    own = frame[["evaluation.datasets.stories.seqlen", "evaluation.datasets.news.seqlen"]]
+    assert own.notna().to_numpy().tolist() == [[True, False], [False, True]]
