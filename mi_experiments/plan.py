@@ -241,9 +241,9 @@ def price_groups(
 ) -> GroupCosts:
     """Price each group at each width by the output error that its grids, really fitted, would make.
 
-    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the rows
-    i that survive pruning: the error that remains after the other channels have compensated (GPTQ,
-    arXiv:2210.17323, equation 2), where `loss` f_i is 1, or with `cost=fisher` the Fisher
+    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
+    rows i that survive pruning: the error that remains after the other channels have compensated
+    (GPTQ, arXiv:2210.17323, equation 2). `loss` f_i is 1, or with `cost=fisher` the Fisher
     information of the model's loss about output i.
     """
     saliency = 1 / factor.inverse_diagonal()

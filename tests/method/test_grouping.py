@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.method import grouping
+from mi_experiments.method import clustering, grouping
 from mi_experiments.method.grouping import (
     Grouping,
     adjusted_rand_index,
@@ -164,7 +164,7 @@ def test_spectral_start_keeps_lone_pairs_together(monkeypatch):
 
 
 def test_swaps_alone_reunite_pairs(monkeypatch):
-    monkeypatch.setattr(grouping, "_fill_groups", lambda _, sizes: grouping._contiguous(sizes))
+    monkeypatch.setattr(clustering, "_fill_groups", lambda _, sizes: grouping._contiguous(sizes))
     information = torch.zeros(4, 4)
     information[0, 2] = information[2, 0] = information[1, 3] = information[3, 1] = 5.0
     assert by_information(information, 2).tolist() == [0, 1, 0, 1]

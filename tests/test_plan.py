@@ -1,0 +1,98 @@
+"""Prices are the errors of grids really fitted, and a saved plan holds every decision."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from mi_experiments.commands.run import conf_directory
+from mi_experiments.composing import from_hydra
+from mi_experiments.config import Config
+from mi_experiments.method.grid import fit_grid, scale_groups
+from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
+from mi_experiments.plan import price_groups
+
+ROWS, COLUMNS, GROUPS = 6, 12, 3
+
+
+def config_of(*overrides: str) -> Config:
+    with initialize_config_dir(conf_directory(), version_base="1.3"):
+        return from_hydra(compose("config", overrides=list(overrides)))
+
+
+@pytest.fixture
+def site() -> tuple[torch.Tensor, Hessian, Factor]:
+    torch.manual_seed(0)
+    accumulator = HessianAccumulator(COLUMNS)
+    accumulator.update(torch.randn(200, COLUMNS) @ torch.randn(COLUMNS, COLUMNS))
+    hessian = accumulator.finish()
+    return torch.randn(ROWS, COLUMNS), hessian, factorize(hessian, damping=0.1)
+
+
+@pytest.mark.parametrize("cost", ["distortion", "relative", "fisher"])
+@pytest.mark.parametrize("pruning", ["sparsity=dense", "sparsity.ratio=0.5"])
+def test_prices_are_those_of_a_plain_loop(
+    cost: str, pruning: str, site: tuple[torch.Tensor, Hessian, Factor]
+) -> None:
+    weight, hessian, factor = site
+    config = config_of(f"wbits.cost={cost}", "wbits.widths=[2,4,16]", pruning)
+    group = torch.tensor([0, 1, 2] * 4, dtype=torch.int32)
+    loss = torch.rand(ROWS) + 0.5
+    prices = price_groups(weight, loss, group, hessian, factor, config)
+    damped = hessian.matrix + 0.1 * hessian.diagonal.mean() * torch.eye(COLUMNS)
+    inverse = torch.linalg.inv(damped.double()).diagonal()
+    score = weight.double().square() / inverse
+    pruned = None
+    if pruning != "sparsity=dense":
+        pruned = torch.zeros_like(weight, dtype=torch.bool)
+        pruned.view(-1)[score.view(-1).argsort()[: ROWS * COLUMNS // 2]] = True
+    expected = torch.zeros(GROUPS, 3, dtype=torch.float64)
+    for place, width in enumerate((2, 4)):
+        bits = torch.full((COLUMNS,), width, dtype=torch.uint8)
+        grid = fit_grid(
+            weight, bits, scale_groups(group, None), symmetric=False, clip_search=True,
+            pruned=pruned,
+        )  # fmt: skip
+        error = (grid.quantize(weight) - weight).double()
+        for row in range(ROWS):
+            for column in range(COLUMNS):
+                if pruned is None or not pruned[row, column]:
+                    price = float(loss[row]) * float(error[row, column]) ** 2 / inverse[column]
+                    expected[int(group[column]), place] += price
+    if cost == "relative":
+        expected /= float((weight @ hessian.matrix * weight).sum())
+    assert torch.allclose(prices.costs, expected, rtol=1e-4)
+    assert prices.sizes.tolist() == [4 * ROWS] * GROUPS
+
+
+def test_a_saved_plan_holds_groups_and_widths(tmp_path: Path, tiny_model, tiny_tokens) -> None:
+    from mi_experiments.plan import plan_compression
+
+    config = config_of("n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2")
+    made = plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    made.save(tmp_path / "plan.safetensors")
+    saved = load_file(tmp_path / "plan.safetensors")
+    assert len(saved) == 2 * len(made.linears)
+    for name, linear in made.linears.items():
+        assert torch.equal(saved[f"{name}.bits"], linear.bits)
+        assert torch.equal(saved[f"{name}.channel_group"], linear.channel_group)
+
+
+def test_fisher_costs_weigh_linears_against_each_other(tiny_model, tiny_tokens) -> None:
+    """Linears that the loss does not feel must give their bits to those that it feels."""
+    from mi_experiments.plan import plan_compression
+
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.o_proj").weight.zero_()
+    config = config_of(
+        "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2", "wbits.scope=model",
+        "wbits.cost=fisher", "wbits.fisher_samples=2", "wbits.average=3", "sparsity=dense",
+    )  # fmt: skip
+    made = plan_compression(model, tiny_tokens(4, 16), config)
+    silent = [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
+    felt = [linear for name, linear in made.linears.items() if name not in silent]
+    assert all((made.linears[name].bits == 2).all() for name in silent)
+    assert max(float(linear.bits.float().mean()) for linear in felt) > 3
