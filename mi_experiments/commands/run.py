@@ -63,7 +63,9 @@ def compose(composed: DictConfig) -> float | None:
     run_dir = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
     try:
-        return do_run(composed, run_dir, Path(hydra_config.sweep.dir) if multirun else None)
+        return do_run(
+            composed, run_dir, Path(hydra_config.sweep.dir).absolute() if multirun else None
+        )
     except MiError as error:
         # A sweep goes on with its other jobs and reports at its end; a single run ends here,
         # because Hydra would put a line of its own before ours.
@@ -84,7 +86,7 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
     with log_file(run_dir), claim(run_dir):
         with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
             result = run_experiment(config, run_dir, tracker, Progress())
-        print_result(result, run_dir, tracker, console)
+        print_result(result, run_dir, sweep_dir, tracker, console)
     return next(iter(result.compressed.values())).perplexity
 
 

@@ -189,6 +189,9 @@ def test_the_bits_can_be_recomputed_from_the_export_alone(
     assert spent / total == pytest.approx(result.bits.average, rel=1e-12)
     assert spent / total <= result.bits.requested
     assert zeros / total == pytest.approx(result.sparsity, rel=1e-12)
+    if "wbits.scope=model" not in choice:
+        script = Path(__file__).parents[2] / "benchmarks" / "verify_bits.py"
+        subprocess.run([sys.executable, script, directory, str(result.bits.requested)], check=True)
 
 
 def test_a_sweep_runs_every_job_in_its_own_directory(
