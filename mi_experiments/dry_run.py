@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from mi_experiments.config import Allocation, Config
+from mi_experiments.config import Allocation, Config, Dtype
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.llm.blocks import Block, Site, describe_blocks
 from mi_experiments.llm.loading import load_skeleton
 from mi_experiments.method.grouping import group_sizes
+from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import check_count, needs_activations, sparsity_of
 
 FLOAT32 = 4
@@ -42,8 +43,8 @@ class Outline:
     Attributes:
         sites: one entry for all blocks with the same shape.
         weights: of all linears to be compressed.
-        passes: block passes over the calibration data: one for a plan, if it needs activations,
-            and those of the sweep.
+        passes: block passes over the calibration data: to measure and to go on, for the plan if
+            it needs activations, and for the sweep; twice where the dense model runs along.
         memory: bytes by what they hold.
     """
 
@@ -78,18 +79,19 @@ def dry_run(config: Config) -> Outline:
         check_count(site.columns, f"{block.name}.{site.name}", config.n_groups)
         kinds.setdefault((site.name, shapes(site)), []).append((block, site))
     text = model.config.get_text_config()
-    item = next(model.parameters()).element_size()
+    stored = next(model.parameters()).element_size()
+    item = {Dtype.auto: stored, Dtype.float32: 4}.get(config.model.dtype, 2)
+    streams = 2 if corrects_targets(config) else 1
     widest = max(site.columns for _, site in sites)
     samples = config.dataset.nsamples * config.dataset.seqlen
     memory = {
-        "model weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "activations": samples * text.hidden_size * item,
+        "model weights": sum(p.numel() for p in model.parameters()) * item,
+        "activations": streams * samples * text.hidden_size * item,
         "widest Hessian, factor and information": 4 * widest * widest * FLOAT32,
         "logits in evaluation": config.evaluation.logits_chunk * text.vocab_size * FLOAT32,
     }
-    passes = (len(blocks) if needs_activations(config) else 0) + len(blocks) * (
-        1 + (len(blocks[0].sites) if config.recipe.true_sequential else 1)
-    )
+    measured = len(blocks[0].sites) if config.recipe.true_sequential else 1
+    passes = len(blocks) * (2 * needs_activations(config) + streams * (measured + 1))
     return Outline(
         sites=tuple(outline(members, config) for members in kinds.values()),
         weights=sum(linear.rows * linear.columns for _, site in sites for linear in site.linears),
