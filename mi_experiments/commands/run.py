@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,7 +25,9 @@ from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
 from mi_experiments.experiment import run_experiment
 from mi_experiments.progress import Progress
-from mi_experiments.record import RESULT
+from mi_experiments.provenance import scrub_argument
+from mi_experiments.record import RESULT, write_atomically
+from mi_experiments.scrubbing import scrub
 from mi_experiments.tracking import Tracker
 
 RUN_ID = secrets.token_hex(2)
@@ -72,6 +74,9 @@ def compose(composed: DictConfig) -> float | None:
         if multirun:
             raise
         fail(str(error), error.exit_code)
+    finally:
+        with suppress(OSError):
+            run_dir.rmdir()  # only if nothing was written
 
 
 def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float | None:
@@ -83,11 +88,27 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
     if config.dry_run:
         print_dry_run(dry_run(config), config, console)
         return None
-    with log_file(run_dir), claim(run_dir):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with claim(run_dir), log_file(run_dir):
+        save_composition(composed, run_dir)
         with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
             result = run_experiment(config, run_dir, tracker, Progress())
         print_result(result, run_dir, sweep_dir, tracker, console)
     return next(iter(result.compressed.values())).perplexity
+
+
+def save_composition(composed: DictConfig, run_dir: Path) -> None:
+    """Write what Hydra composed, in Hydra's own layout; its writing would precede the claim."""
+    folder = run_dir / ".hydra"
+    folder.mkdir(exist_ok=True)
+    hydra_config = HydraConfig.get()
+    parts = {
+        "config": scrub(OmegaConf.to_container(composed)),
+        "hydra": {"hydra": scrub(OmegaConf.to_container(hydra_config))},
+        "overrides": [scrub_argument(override) for override in hydra_config.overrides.task],
+    }
+    for name, part in parts.items():
+        write_atomically(folder / f"{name}.yaml", OmegaConf.to_yaml(part).encode())
 
 
 @contextmanager

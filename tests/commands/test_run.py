@@ -219,7 +219,8 @@ def test_dry_run_computes_nothing(mi_run: Callable[..., Ended], local: list[str]
     assert ended.code == 0, ended.err
     for part in ("self_attn.q_proj", "k_proj", "32×32", "requested bits"):
         assert part in ended.out
-    assert run_directories(Path()) == []
+    assert [path for path in Path("outputs").rglob("*") if path.is_file()] == []
+    assert len(list(Path("outputs").glob("*/*"))) == 0
 
 
 @pytest.mark.parametrize(
@@ -276,10 +277,24 @@ def test_empty_text_and_broken_weights_are_one_line(
 def test_a_run_directory_is_used_once(mi_run: Callable[..., Ended], local: list[str]) -> None:
     assert mi_run(*local, "hydra.run.dir=here").code == 0
     before = read_result(Path("here"))
+    composed = Path("here/.hydra/config.yaml").read_bytes()
     ended = mi_run(*local, "hydra.run.dir=here", "seed=3")
     assert ended.code == 2
     assert "already holds a run" in ended.err
     assert read_result(Path("here")) == before
+    assert Path("here/.hydra/config.yaml").read_bytes() == composed
+
+
+def test_the_composition_reproduces_the_run(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    assert mi_run(*local, "hydra.run.dir=first", "wbits.average=3.5").code == 0
+    folder = Path("first/.hydra").absolute()
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml", "hydra.yaml", "overrides.yaml",
+    }  # fmt: skip
+    assert "- wbits.average=3.5" in (folder / "overrides.yaml").read_text()
+    again = mi_run(f"--config-path={folder}", "--config-name=config", "hydra.run.dir=second")
+    assert again.code == 0, again.err
+    assert read_result(Path("second")).compressed == read_result(Path("first")).compressed
 
 
 def test_the_installed_command_works_from_anywhere(tmp_path: Path) -> None:
