@@ -30,14 +30,14 @@ from mi_experiments.embedded.lexicon import SPECIAL_TOKENS
 from mi_experiments.embedded.tokenizer import build_tokenizer
 
 CONTEXT = 256
-STEPS = 2500
+STEPS = 5000
 WARMUP = 100
 BATCH_TOKENS = 2048
 POOL_BATCHES = 16
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
 WEIGHT_DECAY = 0.1
 SPREAD = 0.6
-EVALUATE_EVERY = 100
+EVALUATE_EVERY = 500
 IGNORED = -100
 _, BEGIN, END, PAD = range(len(SPECIAL_TOKENS))
 
@@ -47,10 +47,11 @@ def build_model() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(vocabulary()),
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=96,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
+        head_dim=16,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=BEGIN,
@@ -172,7 +173,8 @@ def build(directory: Path, console: Console) -> None:
     train_(model, tokenizer, console)
     spread_channels_(model, SPREAD, torch.Generator().manual_seed(0))
     model.bfloat16().save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    # A fresh one: padding batches has left its mark on the tokenizer of the training.
+    build_tokenizer(vocabulary(), CONTEXT).save_pretrained(directory)
     model.float()  # type: ignore[no-untyped-call]
     dense, floor = excess_loss(model, tokenizer, documents("evaluation", 256))
     console.print(f"perplexity {math.exp(dense):.4f}, floor {math.exp(floor):.4f}: {directory}")
