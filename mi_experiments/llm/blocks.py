@@ -80,7 +80,6 @@ class Block:
         for _ in self.feed_batches(sites, consume):
             pass
 
-    @torch.no_grad()
     def feed_batches(
         self,
         sites: Sequence[Site],
@@ -109,7 +108,9 @@ class Block:
             for start, hidden, call in self.stream.batches():
                 pending.update(sites)
                 try:
-                    call.replay(self.module, hidden)
+                    # Here and not around the generator, whose caller has a grad mode of its own.
+                    with torch.no_grad():
+                        call.replay(self.module, hidden)
                 except Stop:
                     yield start
                     continue

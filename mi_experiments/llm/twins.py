@@ -125,7 +125,6 @@ def walk_inputs(block: Block, site: Site) -> Iterator[tuple[Float[Tensor, "token
         yield read.pop(), None
 
 
-@torch.no_grad()
 def walk_writer(
     block: Block, site: Site, later: Sequence[str]
 ) -> Iterator[tuple[Float[Tensor, "tokens columns"], Float[Tensor, "tokens rows"]]]:
@@ -135,7 +134,8 @@ def walk_writer(
     """
     (linear,) = site.linears
     for _, hidden, call in block.stream.batches():
-        with silence(block, (linear.name, *later)), capture(linear.module) as inputs:
+        silent = silence(block, (linear.name, *later))
+        with torch.no_grad(), silent, capture(linear.module) as inputs:
             residual = call.replay(block.module, hidden)
         yield inputs[0].flatten(0, -2), residual.flatten(0, -2)
 

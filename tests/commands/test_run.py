@@ -1,6 +1,7 @@
 """mi-run as a person types it: what it writes, and the one line that bad input gets."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -37,10 +38,14 @@ def mi_run(
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["mi-run", *arguments])
         code = 0
+        handlers = logging.root.handlers[:]
         try:
             main()
         except SystemExit as left:
             code = int(left.code or 0)
+        finally:
+            # A command ends its process; here, what Hydra attached would outlive its streams.
+            logging.root.handlers[:] = handlers
         captured = capfd.readouterr()
         return Ended(code, captured.out, captured.err)
 

@@ -146,7 +146,7 @@ def test_planted_clusters_are_recovered(n_groups, columns, noise, shuffle):
 
 
 def test_spectral_start_ignores_estimates_below_zero(monkeypatch):
-    monkeypatch.setattr(grouping, "_SWAP_ROUNDS", 0)
+    monkeypatch.setattr(clustering, "_SWAP_ROUNDS", 0)
     truth = torch.arange(320) % 5
     information = planted(truth, noise=0.0) - 0.2 * (truth[:, None] != truth)
     labels = by_information(information, 5)
@@ -154,7 +154,7 @@ def test_spectral_start_ignores_estimates_below_zero(monkeypatch):
 
 
 def test_spectral_start_keeps_lone_pairs_together(monkeypatch):
-    monkeypatch.setattr(grouping, "_SWAP_ROUNDS", 0)
+    monkeypatch.setattr(clustering, "_SWAP_ROUNDS", 0)
     information = torch.rand(128, 128, generator=generator()) * 0.01
     information = information.triu(1) + information.triu(1).T
     pairs = torch.arange(128).reshape(2, 64)
