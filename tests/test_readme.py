@@ -1,0 +1,51 @@
+"""What the README tells a person to type exists and composes."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from mi_experiments.commands.run import conf_directory
+from mi_experiments.composing import from_hydra
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+RUNS = [command for command in COMMANDS if re.match(r"(\.venv/bin/)?mi-run\b", command)]
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_every_run_composes(command: str) -> None:
+    words = shlex.split(command, comments=True)[1:]
+    # A sweep's first job: the first value of each comma list.
+    overrides = [word.split(",")[0] for word in words if not word.startswith("-")]
+    with initialize_config_dir(conf_directory(), version_base="1.3"):
+        from_hydra(compose("config", overrides=overrides))
+
+
+def test_runs_were_found() -> None:
+    assert len(RUNS) >= 4
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake (\w+)", README))))
+def test_every_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"\bmi-[a-z]+\b", README))))
+def test_every_command_is_installed(command: str) -> None:
+    assert f'\n{command} = "mi_experiments.commands.' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_map_names_every_module() -> None:
+    tree = README.split("## Map")[1].split("## Extend it")[0]
+    for path in (ROOT / "mi_experiments").rglob("*.py"):
+        if path.parent.name not in {"embedded", "commands"} and path.name != "__init__.py":
+            assert path.name in tree, path.name
