@@ -19,7 +19,7 @@ from mi_experiments.config import Config, Export, ModelConfig
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.errors import AuditError, MiError
 from mi_experiments.llm.export import export_dense, verify_export
-from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.inventory import block_list, take_inventory
 from mi_experiments.llm.loading import ModelSource, load_model, locate_model
 from mi_experiments.llm.perplexity import measure_perplexity
 from mi_experiments.packed import export_packed
@@ -139,7 +139,9 @@ def compute(config: Config, recorder: Recorder, tracker: Tracker, progress: Prog
         tracker.log_evaluation("dense", name, evaluation)
 
     with recorder.phase("plan"):
-        plan = plan_compression(model, calibration, config)
+        _, blocks = block_list(model, config.model.blocks)
+        with progress.task("plan", total=len(blocks)) as advance:
+            plan = plan_compression(model, calibration, config, advance)
         plan.save(recorder.run_dir / "plan.safetensors")
 
     with recorder.phase("compress"):

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from mi_experiments.config import Config
+from mi_experiments.config import Allocation, Config, Cost
 from mi_experiments.errors import MiError
 from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.llm.fisher import measure_fisher
+from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
@@ -52,6 +55,17 @@ def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Dr
             hessian.update(batch.compressed)
             drift.update(batch.compressed, batch.dense, batch.drift)
     return hessian.finish(), drift.finish()
+
+
+def measure_loss(
+    model: PreTrainedModel, calibration: Int[Tensor, "nsamples seqlen"], config: Config
+) -> dict[str, Float[Tensor, "_"]]:
+    """Return what the loss feels of each output of each linear, if the budget is spent by that."""
+    wbits = config.wbits
+    if wbits.allocation is not Allocation.mixed or wbits.cost is not Cost.fisher:
+        return {}
+    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
+    return measure_fisher(model, calibration[: wbits.fisher_samples], inventory, seed=config.seed)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ A `Plan` is a value: groups and widths of every linear. Plans that depend on no 
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,7 @@ from transformers import PreTrainedModel
 from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, NGroupsConfig, Scope
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, Site, walk_blocks
-from mi_experiments.llm.fisher import measure_fisher
-from mi_experiments.llm.inventory import take_inventory
-from mi_experiments.measure import measure_hessians, site_context
+from mi_experiments.measure import measure_hessians, measure_loss, site_context
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.grouping import Grouping, group_channels
@@ -129,7 +127,10 @@ def needs_activations(config: Config) -> bool:
 
 
 def plan_compression(
-    model: PreTrainedModel, calibration: Int[Tensor, "nsamples seqlen"], config: Config
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "nsamples seqlen"],
+    config: Config,
+    on_block: Callable[[str], None] = lambda name: None,
 ) -> Plan:
     """Group the channels of every site and allocate the bit budget.
 
@@ -137,6 +138,7 @@ def plan_compression(
         model: the dense model; not changed.
         calibration: token ids.
         config: of the run.
+        on_block: called with the name of each block when its sites are priced, for progress.
 
     Returns:
         Groups and widths of every linear; the average width is at most the budget, exactly.
@@ -169,6 +171,7 @@ def plan_compression(
             drafts += site_drafts
             if summary is not None:
                 information[site_drafts[0].site] = summary
+        on_block(block.name)
     linears = allocate(drafts, config)
     return Plan(linears, information, sparsity_of(config), config.wbits.average)
 
@@ -213,17 +216,6 @@ def draft_site(
             DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)
         )
     return drafts, summary
-
-
-def measure_loss(
-    model: PreTrainedModel, calibration: Int[Tensor, "nsamples seqlen"], config: Config
-) -> dict[str, Float[Tensor, "_"]]:
-    """Return what the loss feels of each output of each linear, if the budget is spent by that."""
-    wbits = config.wbits
-    if wbits.allocation is not Allocation.mixed or wbits.cost is not Cost.fisher:
-        return {}
-    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    return measure_fisher(model, calibration[: wbits.fisher_samples], inventory, seed=config.seed)
 
 
 def sum_energy(site: Site) -> Float[Tensor, "columns"]:
