@@ -35,7 +35,8 @@ class LinearReport:
         average_bits: mean width of the codes over all weights, recomputed from what is stored.
         effective_bits: everything stored, per weight.
         sparsity: share of weights that are exactly zero by the pattern.
-        output_error: ‖(Ŵ − W)X‖² / ‖WX‖² on the calibration inputs of the compressed model.
+        output_error: ‖(Ŵ − W*)X‖² / ‖W*X‖² on the calibration inputs of the compressed model; W* is
+            what the sweep aimed at, W itself unless the recipe corrects targets.
         levels: most distinct values of one (row, scale group).
         groups: number of channel groups.
         pairwise_information: mean mutual information of two channels, nats; None if not measured.
