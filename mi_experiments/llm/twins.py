@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from mi_experiments.llm.blocks import Block, Site
 from mi_experiments.llm.replay import Stream, hooks
 
-WRITER_TOLERANCE = 1e-3
+WRITER_TOLERANCE = 0.1
 """Largest relative deviation at which a linear's output counts as added to the block's output.
 
-Adding is exact but for the rounding of the model's number format; anything else misses by about 1.
+Adding is exact but for the rounding of the model's number format, which bfloat16 makes a few
+percent; anything else misses by about 1.
 """
 
 

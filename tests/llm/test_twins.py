@@ -21,11 +21,12 @@ WRITERS = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", WRITERS)
 def test_writers_are_those_of_the_textbook(
-    name: str, tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Any]
+    name: str, dtype: torch.dtype, tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Any]
 ) -> None:
-    model = tiny_model(name)
+    model = tiny_model(name).to(dtype)
     block = next(walk_blocks(model, tiny_tokens(3, 12), batch_size=2))
     writers = find_writers(block)
     found = [linear.removeprefix(f"{block.name}.") for linear in writers]
