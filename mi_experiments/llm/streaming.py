@@ -175,7 +175,7 @@ class BlockWeights:
 
 
 def _convert(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
-    """Rename, fuse and cast stored tensors into the parameters of a model, as it is loaded whole."""
+    """Rename, fuse and cast stored tensors into the parameters of a model, as loading does."""
     dtype = model.dtype
     config = LoadStateDictConfig(
         device_map={"": device},
@@ -214,9 +214,7 @@ def _owners(model: PreTrainedModel, path: str, keys: Iterable[str]) -> dict[str,
     parameters = model.state_dict()
     owners: dict[str, int | None] = {}
     for key in keys:
-        name, _ = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, parameters
-        )
+        name, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
         if name not in parameters and key in parameters:
             name = key
         if name in parameters:

@@ -7,7 +7,7 @@ block and its dense copy on the same samples side by side.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Twins:
                 where both models read the same.
         """
         if stream is None:
-            stream = replace(block.stream, hidden=block.stream.hidden.clone())
+            stream = block.stream.fork()
         dense = block.copy(stream)
         return cls(block, dense, find_writers(dense))
 
