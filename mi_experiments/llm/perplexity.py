@@ -154,7 +154,7 @@ def plan_waves(
                 waves.append([])
                 room = wave_tokens
                 continue
-            count = max(count, batch)
+            count = count or min(len(indices), batch)
             waves[-1].append(indices[:count])
             indices = indices[count:]
             room -= count * length

@@ -127,6 +127,12 @@ def test_waves_hold_whole_batches_and_at_most_their_tokens(
     assert plan_waves(windows, batch_tokens=20, wave_tokens=wave) == expected
 
 
+def test_a_wave_of_all_tokens_holds_all_windows() -> None:
+    windows = random_windows(*range(3, 60))
+    (wave,) = plan_waves(windows, batch_tokens=4096, wave_tokens=sum(map(len, windows)))
+    assert sorted(i for group in wave for i in group) == list(range(57))
+
+
 @pytest.mark.parametrize("wave", [1, 30, 10**6])
 def test_waves_do_not_matter(wave: int) -> None:
     model, windows = build_model(), random_windows(10, 17, 10, 10)
