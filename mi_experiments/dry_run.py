@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass
 
 from mi_experiments.config import Allocation, Config, Dtype
+from mi_experiments.drafts import sparsity_of
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.llm.blocks import Block, Site, describe_blocks
 from mi_experiments.llm.loading import load_skeleton
 from mi_experiments.method.grouping import group_sizes
 from mi_experiments.pipeline import corrects_targets
-from mi_experiments.plan import check_count, needs_activations, sparsity_of
+from mi_experiments.plan import check_count, needs_activations
 
 FLOAT32 = 4
 """Bytes of a number of the mathematics."""

@@ -203,9 +203,8 @@ class StopRequest:
             self.received = signal.Signals(number).name
             signal.signal(number, previous[number])
 
-        previous: dict[int, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            previous[number] = signal.signal(number, note)
+        signals = (signal.SIGTERM, signal.SIGUSR1)
+        previous: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
         try:
             yield
         finally:
