@@ -32,12 +32,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors, as `write_atomically` does.
+    """Write tensors as safetensors, as `write_atomically` does; equal content is equal bytes.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: at most one entry: safetensors writes several in a different order every time.
 
     Raises:
+        ValueError: more metadata.
         ResumableError: the disk is full; what was there before is as it was.
         InputError: the disk refuses for another reason.
     """
+    if len(metadata) > 1:
+        raise ValueError(f"{path}: equal files need one entry of metadata, not {list(metadata)}")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     place(path, lambda temporary: save_file(dict(tensors), temporary, dict(metadata)), size)
 
