@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,11 +37,9 @@ from mi_experiments.record import (
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.scrubbing import scrub
-from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
+from mi_experiments.stored_model import StoredModel, tidy
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
 from mi_experiments.tracking import Tracker
-
-log = logging.getLogger(__name__)
 
 PLAN = "plan.safetensors"
 
@@ -107,7 +104,7 @@ def run_experiment(
         with reproducible_arithmetic(config.seed):
             run = compute(config, recorder, tracker, progress, stop or StopRequest())
         recorder.update(status="completed")
-        tidy(run)
+        tidy(run.commits, config.export)
     except BaseException as error:
         line = str(error) if isinstance(error, MiError) else f"{type(error).__name__}: {error}"
         resumable = isinstance(error, ResumableError | KeyboardInterrupt)
@@ -145,12 +142,11 @@ def open_run(
 ) -> Run:
     """Find the model and the texts, and what an earlier process finished of the same run."""
     source = find_model(config.model)
-    device = choose_device(config.model.device)
     opened = open_model(
         str(source.directory),
         revision=None,
         dtype=config.model.dtype.name,
-        device=device,
+        device=config.model.device,
         offline=True,
         attention=config.model.attention,
         allow_float16=config.model.allow_float16,
@@ -159,8 +155,9 @@ def open_run(
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
     provenance = measure_provenance(config, source, opened.model, calibration)
-    recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
+    recorder.open()
+    recorder.update(provenance=provenance)
     place = config.memory.activations
     if place is Place.auto:
         place = Place.accelerator
@@ -171,7 +168,7 @@ def open_run(
         calibration=calibration,
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
-        allocate=allocator(place, torch.device(device), recorder.run_dir),
+        allocate=allocator(place, opened.weights.device, recorder.run_dir),
         recorder=recorder,
         tracker=tracker,
         progress=progress,
@@ -181,14 +178,14 @@ def open_run(
 
 def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
     """Measure the perplexity of the dense or the compressed model on every text, once."""
-    name = f"evaluations/{phase}.json"
-    rows = run.commits.read_json(name) or {}
-    evaluations = {text: Evaluation(**row) for text, row in rows.items()}
-    for text in run.texts:
-        if text.name not in evaluations:
-            evaluations[text.name] = evaluate_text(run, text, weights, f"{phase} {text.name}")
-            rows = {key: asdict(value) for key, value in evaluations.items()}
-            run.commits.commit({name: json.dumps(rows, indent=1).encode()})
+    evaluations: dict[str, Evaluation] = {}
+    for index, text in enumerate(run.texts):
+        name = f"evaluations/{phase}-{index:03}.json"
+        row = run.commits.read_json(name)
+        if row is None:
+            row = asdict(evaluate_text(run, text, weights, f"{phase} {text.name}"))
+            run.commits.commit({name: json.dumps(row, indent=1).encode()})
+        evaluations[text.name] = Evaluation(**row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
         run.recorder.update(**{phase: dict(evaluations)})
 
@@ -249,10 +246,12 @@ def make_plan(run: Run) -> Plan:
                 allocate=run.allocate,
                 commits=run.commits,
             )
+        # Before it is written: a plan that came out differently must not take the place of one.
+        run.commits.bind("plan", plan.fingerprint())
         run.commits.commit({PLAN: plan.stored()})
     else:
         plan = Plan.read(*committed)
-    run.commits.bind("plan", plan.fingerprint())
+        run.commits.bind("plan", plan.fingerprint())
     return plan
 
 
@@ -265,6 +264,7 @@ def compress(run: Run, plan: Plan) -> None:
             run.tracker.log_linear(report)
 
         def on_linear(report: LinearReport) -> None:
+            record(report)
             advance(
                 f"block {report.block} {report.name.split('.')[-1]} "
                 f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
@@ -291,16 +291,8 @@ def compress(run: Run, plan: Plan) -> None:
         )
         for block in blocks:
             run.stored.store(block)
-            for linear in block.linears:
-                record(linear.report)
     run.recorder.update(**totals(run, plan))
     run.commits.adopt(LINEARS)
-
-
-def tidy(run: Run) -> None:
-    """Remove what only served to continue the run, and the compressed model if nobody wants it."""
-    kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[run.config.export]
-    run.commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
 
 
 def find_model(model: ModelConfig) -> ModelSource:
@@ -308,13 +300,6 @@ def find_model(model: ModelConfig) -> ModelSource:
     if model.path == "embedded":
         return ModelSource(MODEL_DIRECTORY, None)
     return locate_model(model.path, revision=model.revision, offline=model.offline)
-
-
-def choose_device(device: str) -> str:
-    """Resolve `auto`: the accelerator where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def totals(run: Run, plan: Plan) -> dict[str, Any]:

@@ -62,13 +62,19 @@ def measure_provenance(
     )
 
 
+def asked_config(config: Config) -> dict[str, Any]:
+    """Return the parts of the config that the numbers of a run depend on."""
+    parts = {key: part for key, part in to_plain(config).items() if key not in INCIDENTAL}
+    scrubbed: dict[str, Any] = scrub(parts)
+    return scrubbed
+
+
 def fingerprint(
     config: Config, provenance: Provenance, texts: Sequence[EvaluationText]
 ) -> dict[str, Any]:
     """Return everything that the numbers of a run depend on, for its manifest."""
-    asked = {key: part for key, part in to_plain(config).items() if key not in INCIDENTAL}
     return {
-        "config": scrub(asked),
+        "config": asked_config(config),
         "model_files": provenance.model_files,
         "calibration": provenance.calibration_sha256,
         "evaluation": {text.name: text.sha256 for text in texts},

@@ -143,7 +143,7 @@ def open_model(
         revision: Branch, tag or commit on the hub.
         dtype: ``auto`` (that of most weights in the checkpoint), ``float32``, ``bfloat16`` or
             ``float16``.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         offline: Never use the network.
         attention: ``sdpa`` or ``eager``.
         allow_float16: Accept float16 for a bfloat16 checkpoint, whose range it lacks.
@@ -188,7 +188,7 @@ def load_model(
         path_or_id: A directory, or a hub id ``org/name``.
         revision: Branch, tag or commit on the hub.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         offline: Never use the network.
         attention: ``sdpa`` or ``eager``.
         allow_float16: Accept float16 for a bfloat16 checkpoint.
@@ -276,10 +276,12 @@ def content_hash(directory: str | Path) -> dict[str, str]:
 
 
 def _parse_device(device: str) -> torch.device:
-    """Return the device if it is one that this machine has."""
+    """Return the device if it is one that this machine has; `auto` is the best of them."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if match is None:
-        raise InputError(f"model.device={device} is not one of cpu, cuda, cuda:N")
+        raise InputError(f"model.device={device} is not one of auto, cpu, cuda, cuda:N")
     if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         raise InputError(
             f"model.device={device}, but this machine has {torch.cuda.device_count()} GPUs; "
