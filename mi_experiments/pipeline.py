@@ -186,7 +186,8 @@ def compress_linear(
         order=statistics.factor.order,
         mask_block=config.sparsity.mask_block,
         max_average_bits=plan.requested if linear_budget else None,
-        stored=linear.read_weight(),
+        # A kernel that computes scale · (code − zero) in the model's format rounds just so.
+        stored=linear.read_weight().to(linear.dtype),
     )
     storage = count_storage(
         grid,

@@ -46,6 +46,11 @@ class LinearView:
         """Input dimension: the number of channels."""
         return self._weight.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format that the model holds the weight in."""
+        return self._weight.dtype
+
     def read_weight(self) -> Float[Tensor, "rows columns"]:
         """Copy the weight to float32."""
         return self._weight.detach().to(torch.float32, copy=True).contiguous()
