@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.llm.inventory import LinearView
+from mi_experiments.llm.inventory import view_linears
 from mi_experiments.method.grid import UNQUANTIZED, Grid
 from mi_experiments.method.packing import STREAMS, pack, unpack
 from mi_experiments.method.pruning import Sparsity
@@ -51,11 +51,20 @@ def export_packed(
     """
     streams: dict[str, Tensor] = {}
     layouts: dict[str, str] = {}
+    views = {
+        view.name: view
+        for owner, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        for view in view_linears(owner, module, key)
+    }
     for linear in linears:
         if linear.report.status == "untouched":
             continue
         name, grids = linear.report.name, linear.grids
-        weight = LinearView(name, model.get_submodule(name)).read_weight().cpu()
+        view = views[name]
+        if (view.rows, view.columns) != (linear.report.rows, linear.report.columns):
+            view = view.stored_as(not view.transposed)
+        weight = view.read_weight().cpu()
         grid = codes = None
         if bool((grids["bits"] < UNQUANTIZED).any()):
             grid = Grid(grids["bits"], grids["scale_group"], grids["scale"], grids["zero_point"])

@@ -61,12 +61,16 @@ def build_tiny_model(
     name: str, *, device: str = "cpu", attention: str = "sdpa", **changes: Any
 ) -> PreTrainedModel:
     """Build a random model of an architecture, the same one every time."""
+    # Experts one by one, but where there are no tokens to tell which of them run.
+    experts = "batched_mm" if device == "meta" else "eager"
     config = TINY_CONFIGS[name]()
     for key, value in changes.items():
         setattr(config, key, value)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, experts_implementation=experts
+        )
         with torch.no_grad():
             # Large enough for every part to matter, biases and norms included.
             for parameter in model.parameters():

@@ -6,20 +6,22 @@ what an architecture adds is at most the path of its block list.
 
 import copy
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.replay import Stop, Stream, hooks, open_stream
+from mi_experiments.llm.replay import Stop, Stream, open_stream
+from mi_experiments.llm.watching import watch
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +32,28 @@ class Site:
         name: The linears, relative to the block: ``self_attn.q_proj+k_proj+v_proj``.
         columns: Channels of the input.
         linears: Never empty.
+        stage: Sites of one stage do not influence what the others read, so that one pass measures
+            them all: the experts of one 3-D parameter. Stages are numbered in execution order.
     """
 
     name: str
     columns: int
     linears: tuple[LinearView, ...]
+    stage: int
+
+    @property
+    def routed(self) -> bool:
+        """Whether it reads only the tokens that are routed to it, which may be none.
+
+        Which they are differs between a model and its compressed twin.
+        """
+        return self.linears[0].expert is not None
+
+    @property
+    def family(self) -> str:
+        """The name, with a star in the place of the expert."""
+        expert = self.linears[0].expert
+        return self.name if expert is None else re.sub(rf"\.{expert}(?=\+|$)", ".*", self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,16 +83,17 @@ class Block:
     ) -> None:
         """Run the block with its present weights and hand over what the sites read.
 
-        Each batch ends as soon as the last of the sites has been read, so one call per site, each
+        Each batch ends as soon as the last of the sites has been read, so one call per stage, each
         after compressing the earlier ones, is true-sequential and wastes little.
 
         Args:
             sites: Sites of this block.
             consume: Called once per batch and site, in execution order, with a view of the
-                activations in the dtype of the model; it must neither change nor keep them.
+                activations in the dtype in which they are multiplied; it must neither change nor
+                keep them. A routed site gets the tokens routed to it, and no call if there is none.
 
         Raises:
-            InputError: If a batch does not reach one of the sites, or reaches it twice.
+            InputError: If a batch reaches a site twice, or one that is not routed not at all.
             RuntimeError: If the walk has already gone past this block.
             ValueError: If a site belongs to another block.
         """
@@ -92,43 +112,39 @@ class Block:
             raise ValueError(f"{self.name} has no such sites: {foreign}")
         if not sites:
             return
-        pending: set[Site] = set()
+        reached: set[Site] = set()
 
         def read(linear: LinearView, tensor: Tensor) -> None:
             site = reader[linear]
-            if site not in pending:
+            if site in reached:
                 raise InputError(f"{linear.name} is called twice in one pass; ignore it by name")
-            pending.remove(site)
-            consume(site, tensor.flatten(0, -2))
-            if not pending:
+            reached.add(site)
+            # An expert may be called although no token is routed to it.
+            if tensor.numel() or not site.routed:
+                consume(site, tensor.flatten(0, -2))
+            if len(reached) == len(reader):
                 raise Stop
 
         reader = {site.linears[0]: site for site in sites}
-        with hooks(_watch(linear, read) for linear in reader):
+        with watch(reader, read):
             for start, hidden, call in self.stream.batches():
-                pending.update(sites)
-                try:
-                    # Here and not around the generator, whose caller has a grad mode of its own.
-                    with torch.no_grad():
-                        call.replay(self.module, hidden)
-                except Stop:
-                    yield start
-                    continue
-                names = sorted(site.linears[0].name for site in pending)
-                raise InputError(f"samples {start} to {start + len(hidden) - 1} reach no {names}")
+                reached.clear()
+                # Here and not around the generator, whose caller has a grad mode of its own.
+                with suppress(Stop), torch.no_grad():
+                    call.replay(self.module, hidden)
+                missed = {site for site in sites if not site.routed} - reached
+                if names := sorted(site.linears[0].name for site in missed):
+                    last = start + len(hidden) - 1
+                    raise InputError(f"samples {start} to {last} reach no {names}")
+                yield start
 
     def copy(self, stream: Stream) -> "Block":
         """Copy the block with its present weights, to read other hidden states."""
         module = copy.deepcopy(self.module)
-
-        def copied(linear: LinearView) -> LinearView:
-            return LinearView(
-                linear.name, module.get_submodule(linear.name.removeprefix(f"{self.name}."))
-            )
-
-        views = {linear: copied(linear) for linear in self.linears}
+        modules = dict(zip(self.module.modules(), module.modules(), strict=True))
+        views = {l: replace(l, module=modules[l.module]) for l in self.linears}  # noqa: E741
         sites = tuple(
-            Site(site.name, site.columns, tuple(views[linear] for linear in site.linears))
+            replace(site, linears=tuple(views[linear] for linear in site.linears))
             for site in self.sites
         )
         return Block(self.index, self.name, module, tuple(views.values()), sites, stream)
@@ -164,8 +180,10 @@ def walk_blocks(
     stream = open_stream(model, inventory, tokens, batch_size)
     for index, module in enumerate(inventory.modules):
         name = f"{inventory.path}.{index}"
-        linears = inventory.linears[index]
-        sites = _find_sites(name, module, linears, stream)
+        sites = _find_sites(name, module, inventory.linears[index], stream)
+        # As the sites see them: running the block has shown which way round each one is.
+        views = {linear.name: linear for site in sites for linear in site.linears}
+        linears = tuple(views[linear.name] for linear in inventory.linears[index])
         yield Block(index, name, module, linears, sites, stream)
         stream.advance(name, module)
 
@@ -193,25 +211,54 @@ def describe_blocks(
 def _find_sites(
     name: str, module: nn.Module, linears: Sequence[LinearView], stream: Stream
 ) -> tuple[Site, ...]:
-    """Group linears by the tensor that they read in the first batch."""
+    """Group linears by the tensor that they read in the first batch.
+
+    An expert that no token of that batch reaches is grouped as those that are reached.
+    """
     readers: dict[tuple[Any, ...], list[LinearView]] = {}
     # Kept alive until the end: a freed tensor's memory would be taken for the same tensor.
     tensors: list[Tensor] = []
+    read_already: set[str] = set()
 
     def read(linear: LinearView, tensor: Tensor) -> None:
-        if any(linear in group for group in readers.values()):
+        if linear.name in read_already:
             raise InputError(f"{linear.name} is called twice in one pass; ignore it by name")
+        read_already.add(linear.name)
         tensors.append(tensor)
-        readers.setdefault(_identity(tensor), []).append(linear)
+        readers.setdefault((*_identity(tensor), linear.expert), []).append(linear)
 
-    with hooks(_watch(linear, read) for linear in linears):
+    with watch(linears, read):
         _, hidden, call = next(stream.batches())
         call.replay(module, hidden)
-    called = set(itertools.chain(*readers.values()))
-    if idle := [linear.name for linear in linears if linear not in called]:
-        raise InputError(f"{', '.join(idle)} not called when the block runs; ignore it by name")
+    # A stage is the parameters whose linears, or whose slices for one expert, read one tensor.
+    parameters: dict[tuple[nn.Module, str], list[LinearView]] = {}
+    for linear in linears:
+        parameters.setdefault((linear.module, linear.key), []).append(linear)
+    stages: dict[tuple[tuple[nn.Module, str], ...], list[LinearView]] = {}
+    for group in readers.values():
+        stages.setdefault(tuple((linear.module, linear.key) for linear in group), group)
+    staged = list(itertools.chain(*stages))
+    if idle := [views[0].parameter_name for key, views in parameters.items() if key not in staged]:
+        raise InputError(
+            f"{', '.join(idle)} not called when the block runs (no matrix product uses it); "
+            "ignore it by name"
+        )
+    if len(staged) > len(parameters):
+        twice = next(key for key in staged if staged.count(key) > 1)
+        raise InputError(
+            f"the experts of {parameters[twice][0].parameter_name} read their inputs in "
+            "different company; ignore it by name"
+        )
     return tuple(
-        Site(_join_names(name, group), group[0].columns, tuple(group)) for group in readers.values()
+        Site(_join_names(name, views), views[0].columns, views, stage)
+        for stage, (keys, seen) in enumerate(stages.items())
+        for views in zip(
+            *(
+                [linear.stored_as(example.transposed) for linear in parameters[key]]
+                for key, example in zip(keys, seen, strict=True)
+            ),
+            strict=True,
+        )
     )
 
 
@@ -237,15 +284,6 @@ def _join_names(block: str, linears: Sequence[LinearView]) -> str:
         parts.append(leaf if parts and prefix == parent else relative)
         parent = prefix
     return "+".join(parts)
-
-
-def _watch(linear: LinearView, read: Callable[[LinearView, Tensor], None]) -> RemovableHandle:
-    """Call ``read`` with the input of a linear whenever it is about to run."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read(linear, next(iter((*args, *kwargs.values()))))
-
-    return linear.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
