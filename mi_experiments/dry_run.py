@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from mi_experiments.config import Allocation, Config, Dtype
 from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.llm.blocks import Block, Site, describe_blocks
+from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.loading import load_skeleton
+from mi_experiments.llm.sites import Site
 from mi_experiments.method.grouping import group_sizes
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import check_count, needs_activations, sparsity_of

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import UNQUANTIZED, Config, GridFit, Scope
-from mi_experiments.llm.blocks import Block, Site, walk_blocks
+from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.sites import Site
 from mi_experiments.llm.twins import Twins
 from mi_experiments.measure import measure_hessians, measure_twins, site_context
 from mi_experiments.method.audit import audit_linear

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, NGroupsConfig, Scope
 from mi_experiments.errors import InputError
-from mi_experiments.llm.blocks import Block, Site, walk_blocks
+from mi_experiments.llm.blocks import Block, walk_blocks
+from mi_experiments.llm.sites import Site
 from mi_experiments.measure import measure_hessians, measure_loss, site_context
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import fit_grid, scale_groups

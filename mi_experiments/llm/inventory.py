@@ -6,7 +6,8 @@ stays dense unnoticed.
 """
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -182,11 +183,27 @@ def view_linears(owner: str, module: nn.Module, key: str) -> list[LinearView]:
     return [LinearView(f"{name}.{e}", module, key, e, transposed) for e in experts]
 
 
-def _is_stacked_bias(module: nn.Module, key: str) -> bool:
-    """Say whether a parameter is a bias for each expert of a 3-D parameter beside it."""
+def suggest_patterns(path: str, names: Iterable[str]) -> str:
+    """Write the setting that ignores linears or parameters, in whatever block.
+
+    Args:
+        path: Of the block list.
+        names: Of linears or parameters.
+    """
+    inside = {re.sub(rf"^{re.escape(path)}\.\d+\.", "*.", name): None for name in names}
+    return f"model.ignore=[{','.join(map(repr, inside))}]"
+
+
+def _is_vector(module: nn.Module, key: str) -> bool:
+    """Say whether a parameter is a vector, in whatever shape, or the biases of fused experts."""
     parameters = dict(module.named_parameters(recurse=False))
+    parameter = parameters[key]
     experts = {len(other) for other in parameters.values() if other.ndim == 3}
-    return key.endswith("bias") and parameters[key].ndim == 2 and len(parameters[key]) in experts
+    if key.endswith("bias") and parameter.ndim == 2 and len(parameter) in experts:
+        return True
+    # A linear layer may have one row or one column, and is a matrix all the same.
+    linear = isinstance(module, (nn.Linear, Conv1D))
+    return parameter.ndim < 2 or (not linear and sum(size > 1 for size in parameter.shape) < 2)
 
 
 def take_inventory(
@@ -213,13 +230,13 @@ def take_inventory(
         names.setdefault(id(parameter), []).append(name)
     linears: list[list[LinearView]] = [[] for _ in blocks]
     ignored: dict[str, int] = {}
-    unknown: list[str] = []
+    unknown: list[tuple[str, list[int]]] = []
     matched: set[str] = set()
     for index, block in enumerate(blocks):
         for owner, module in block.named_modules(prefix=f"{path}.{index}"):
             for key, parameter in module.named_parameters(recurse=False):
                 name = f"{owner}.{key}"
-                if parameter.ndim < 2 or _is_stacked_bias(module, key):
+                if _is_vector(module, key):
                     continue
                 hits = {p for p in ignore if fnmatchcase(name, p) or fnmatchcase(owner, p)}
                 matched |= hits
@@ -230,12 +247,12 @@ def take_inventory(
                 elif views := view_linears(owner, module, key):
                     linears[index] += views
                 else:
-                    unknown.append(f"{name} {[*parameter.shape]}")
+                    unknown.append((owner if key == "weight" else name, [*parameter.shape]))
     if unknown:
+        first, shape = unknown[0]
         raise InputError(
-            f"{len(unknown)} weights are of no kind that can be compressed, so each must be "
-            f"matched by a pattern of model.ignore: {', '.join(unknown[:4])}"
-            + (", …" if len(unknown) > 4 else "")
+            f"{len(unknown)} weights cannot be compressed, {first} {shape} first; "
+            f"to leave them as they are, add {suggest_patterns(path, [n for n, _ in unknown])}"
         )
     if idle := [pattern for pattern in ignore if pattern not in matched]:
         raise InputError(f"model.ignore={idle} matches no weight in {path}")

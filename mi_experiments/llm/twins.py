@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.sites import Site
 from mi_experiments.llm.watching import alter
 
 WRITER_TOLERANCE = 0.1

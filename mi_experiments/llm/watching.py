@@ -104,8 +104,10 @@ class _Watcher(TorchFunctionMode):
         self.read = read
         self.change = change
         self.places: dict[Layout, _Match] = {}
-        # What holds the numbers of a watched weight elsewhere in memory.
+        # Where the numbers of a watched weight are elsewhere in memory, and those of any tensor in
+        # a wider dtype, which reads as the tensor itself: sites do not depend on the model's dtype.
         self.copies: Any = WeakIdKeyDictionary()
+        self.widened: Any = WeakIdKeyDictionary()
         fused: dict[Layout, list[LinearView]] = {}
         for linear in linears:
             self._place(linear.stored, [linear])
@@ -126,8 +128,11 @@ class _Watcher(TorchFunctionMode):
         if (product := _PRODUCTS.get(func)) is not None:
             return self._multiply(func, product, args, named)
         result = func(*args, **named)
-        if func in _CASTS and result is not args[0] and (match := self._find(args[0])):
-            self.copies[result] = match
+        if func in _CASTS and result is not args[0]:
+            if (match := self._find(args[0])) is not None:
+                self.copies[result] = match
+            elif torch.promote_types(args[0].dtype, result.dtype) == result.dtype:
+                self.widened[result] = (args[0], args[0]._version)
         elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim:
             match = self._find(args[0])
             if match is not None and match.linears[0].expert is not None:
@@ -151,6 +156,9 @@ class _Watcher(TorchFunctionMode):
             inputs, weight, turned, swapped = right.mT, left, True, True
         if match is None:
             return func(*args, **named)
+        narrow, version = self.widened.get(inputs, (inputs, None))
+        if version is not None and narrow._version == version:
+            inputs = narrow
         linears = [linear.stored_as(match.turned == turned) for linear in match.linears]
         if func is torch._grouped_mm or (match.gathered and not weight.is_meta):
             raise InputError(
