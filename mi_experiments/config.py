@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import InputError
+from mi_experiments.llm.activations import Place
 from mi_experiments.llm.windows import BosPolicy, Sampling, Windows
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.hessian import SweepOrder
@@ -312,6 +313,21 @@ class TrackingConfig:
 
 
 @dataclass
+class MemoryConfig:
+    """Where things live while a run goes on; the memory plan fills in what is not said."""
+
+    activations: Place
+    accelerator: float | None
+    host: float | None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for key in ("accelerator", "host"):
+            size = getattr(self, key)
+            require(f"memory.{key}", size, size is None or size > 0, "gigabytes, or null")
+
+
+@dataclass
 class Config:
     """A run."""
 
@@ -323,9 +339,11 @@ class Config:
     recipe: RecipeConfig
     evaluation: EvaluationConfig
     tracking: TrackingConfig
+    memory: MemoryConfig
     seed: int
     export: Export
     dry_run: bool
+    resume: str | None
 
 
 def require(key: str, value: object, holds: bool, allowed: str) -> None:

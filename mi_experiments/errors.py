@@ -3,7 +3,8 @@
 MiError
 ├── InputError        something the user gave cannot be used; exit code 2
 ├── NumericalError    the mathematics failed on real numbers; exit code 3
-└── AuditError        a compressed linear is not what was promised; exit code 4
+├── AuditError        a compressed linear is not what was promised; exit code 4
+└── ResumableError    the run was stopped and can continue; exit code 75
 """
 
 
@@ -29,3 +30,9 @@ class AuditError(MiError):
     """A compressed linear breaks one of the promises of its plan."""
 
     exit_code = 4
+
+
+class ResumableError(MiError):
+    """The run stopped before its end, and the same command continues it (EX_TEMPFAIL)."""
+
+    exit_code = 75

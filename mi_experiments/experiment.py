@@ -1,113 +1,118 @@
 """run_experiment: load, plan, compress, evaluate, record."""
 
 import gc
+import json
 import logging
 import os
-import resource
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from jaxtyping import Int
+from torch import Tensor
 
-from mi_experiments.composing import to_plain
 from mi_experiments.config import Config, Export, ModelConfig
 from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.errors import AuditError, MiError
-from mi_experiments.llm.export import export_dense, verify_export
-from mi_experiments.llm.inventory import block_list, take_inventory
-from mi_experiments.llm.loading import ModelSource, load_model, locate_model
-from mi_experiments.llm.perplexity import measure_perplexity
-from mi_experiments.packed import export_packed
+from mi_experiments.errors import AuditError, MiError, ResumableError
+from mi_experiments.llm.activations import Place, allocator
+from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.loading import ModelSource, OpenModel, locate_model, open_model
+from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
+from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, plan_compression
 from mi_experiments.progress import Progress
-from mi_experiments.provenance import measure_provenance
+from mi_experiments.provenance import fingerprint, measure_provenance
 from mi_experiments.record import (
+    LINEARS,
     Evaluation,
     LinearReport,
     Result,
     total_bits,
     weighted_mean,
-    write_linears,
-    write_result,
 )
+from mi_experiments.recorder import Recorder
+from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.scrubbing import scrub
+from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
 from mi_experiments.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
-
-class Recorder:
-    """The result so far, on disk after every phase, so that nothing computed is ever lost."""
-
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.linears: list[LinearReport] = []
-        self.result = Result(
-            status="running",
-            error=None,
-            config=scrub(to_plain(config)),
-            provenance=None,
-            dense={},
-            compressed={},
-            bits=None,
-            sparsity=None,
-            weights=None,
-            coverage=None,
-            memory={},
-            seconds={},
-        )
-
-    def update(self, **changes: Any) -> None:
-        """Change fields of the result and write it."""
-        self.result = replace(self.result, **changes, memory=peak_memory())
-        write_result(self.result, self.run_dir)
-        if self.linears:
-            write_linears(self.linears, self.run_dir)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and record it."""
-        log.info("%s", name)
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - started
-            self.update(seconds=self.result.seconds | {name: elapsed})
+PLAN = "plan.safetensors"
 
 
-def run_experiment(config: Config, run_dir: Path, tracker: Tracker, progress: Progress) -> Result:
-    """Load, plan, compress, evaluate, record.
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run works with.
+
+    Attributes:
+        config: of the run.
+        opened: model, tokenizer, and the original weights by block.
+        texts: for evaluation.
+        calibration: token ids.
+        commits: what is finished.
+        stored: the compressed blocks.
+        allocate: makes room for hidden states.
+        recorder: of the result.
+        tracker: of the run.
+        progress: draws the bars.
+        stop: a wish to stop, granted between blocks.
+    """
+
+    config: Config
+    opened: OpenModel
+    texts: Sequence[EvaluationText]
+    calibration: Int[Tensor, "nsamples seqlen"]
+    commits: Commits
+    stored: StoredModel
+    allocate: Allocate
+    recorder: Recorder
+    tracker: Tracker
+    progress: Progress
+    stop: StopRequest
+
+
+def run_experiment(
+    config: Config,
+    run_dir: Path,
+    tracker: Tracker,
+    progress: Progress,
+    stop: StopRequest | None = None,
+) -> Result:
+    """Load, plan, compress, evaluate, record; or continue where an earlier process stopped.
 
     Args:
         config: of the run.
         run_dir: existing directory that receives the records.
         tracker: of this run.
         progress: draws the bars.
+        stop: a wish to stop, granted between blocks.
 
     Returns:
         What is also in `result.json`.
 
     Raises:
-        MiError: expected failures; `result.json` says `failed` and holds what was computed.
+        MiError: expected failures; `result.json` says `failed`, or `interrupted` if the same
+            command continues the run, and holds what was computed.
     """
     recorder = Recorder(config, run_dir)
     recorder.update()
     try:
         with reproducible_arithmetic(config.seed):
-            compute(config, recorder, tracker, progress)
+            run = compute(config, recorder, tracker, progress, stop or StopRequest())
         recorder.update(status="completed")
+        tidy(run)
     except BaseException as error:
         line = str(error) if isinstance(error, MiError) else f"{type(error).__name__}: {error}"
-        with suppress(OSError):
-            recorder.update(status="failed", error=scrub(line))
+        resumable = isinstance(error, ResumableError | KeyboardInterrupt)
+        with suppress(OSError, MiError):
+            recorder.update(status="interrupted" if resumable else "failed", error=scrub(line))
         raise
     finally:
         tracker.finish(recorder.result, recorder.linears)
@@ -115,72 +120,187 @@ def run_experiment(config: Config, run_dir: Path, tracker: Tracker, progress: Pr
     return recorder.result
 
 
-def compute(config: Config, recorder: Recorder, tracker: Tracker, progress: Progress) -> None:
+def compute(
+    config: Config, recorder: Recorder, tracker: Tracker, progress: Progress, stop: StopRequest
+) -> Run:
     """Do the work of one run, phase by phase."""
     with recorder.phase("load"):
-        source = find_model(config.model)
-        model, tokenizer = load_model(
-            str(source.directory),
-            revision=None,
-            dtype=config.model.dtype.name,
-            device=choose_device(config.model.device),
-            offline=True,
-            attention=config.model.attention,
-            allow_float16=config.model.allow_float16,
-        )
-        texts = evaluation_texts(tokenizer, config)
-        calibration = calibration_sequences(tokenizer, config)
-        recorder.update(provenance=measure_provenance(config, source, model, calibration))
-
+        run = open_run(config, recorder, tracker, progress, stop)
     with recorder.phase("evaluate dense"):
-        dense = evaluate(model, texts, config, progress, "dense")
-        recorder.update(dense=dense)
-    for name, evaluation in dense.items():
-        tracker.log_evaluation("dense", name, evaluation)
-
+        evaluate(run, "dense", run.opened.weights)
     with recorder.phase("plan"):
-        _, blocks = block_list(model, config.model.blocks)
-        with progress.task("plan", total=len(blocks)) as advance:
-            plan = plan_compression(model, calibration, config, advance)
-        plan.save(recorder.run_dir / "plan.safetensors")
-
+        plan = make_plan(run)
     with recorder.phase("compress"):
-        with progress.task("compress", total=len(plan.linears)) as advance:
-
-            def on_linear(report: LinearReport) -> None:
-                recorder.linears.append(report)
-                tracker.log_linear(report)
-                advance(
-                    f"block {report.block} {report.name.split('.')[-1]} "
-                    f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
-                )
-
-            compressed = compress_model(model, calibration, plan, config, on_linear)
-        recorder.update(**totals(recorder.linears, plan, model, config))
-
+        compress(run, plan)
     with recorder.phase("evaluate compressed"):
-        after = evaluate(model, texts, config, progress, "compressed")
-        recorder.update(compressed=after)
-    for name, evaluation in after.items():
-        tracker.log_evaluation("compressed", name, evaluation)
-
+        evaluate(run, "compressed", run.stored.weights)
     if config.export is Export.dense:
         with recorder.phase("export"):
-            export_dense(
-                model,
-                tokenizer,
-                recorder.run_dir,
-                {
-                    linear.report.name: linear.grids
-                    for linear in compressed
-                    if linear.report.status != "untouched"
-                },
+            run.stored.finish(run.opened.tokenizer)
+    return run
+
+
+def open_run(
+    config: Config, recorder: Recorder, tracker: Tracker, progress: Progress, stop: StopRequest
+) -> Run:
+    """Find the model and the texts, and what an earlier process finished of the same run."""
+    source = find_model(config.model)
+    device = choose_device(config.model.device)
+    opened = open_model(
+        str(source.directory),
+        revision=None,
+        dtype=config.model.dtype.name,
+        device=device,
+        offline=True,
+        attention=config.model.attention,
+        allow_float16=config.model.allow_float16,
+        blocks=config.model.blocks,
+    )
+    texts = evaluation_texts(opened.tokenizer, config)
+    calibration = calibration_sequences(opened.tokenizer, config)
+    provenance = measure_provenance(config, source, opened.model, calibration)
+    recorder.update(provenance=provenance)
+    commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
+    place = config.memory.activations
+    if place is Place.auto:
+        place = Place.accelerator
+    return Run(
+        config=config,
+        opened=opened,
+        texts=texts,
+        calibration=calibration,
+        commits=commits,
+        stored=StoredModel(opened.weights.fork(), commits, config),
+        allocate=allocator(place, torch.device(device), recorder.run_dir),
+        recorder=recorder,
+        tracker=tracker,
+        progress=progress,
+        stop=stop,
+    )
+
+
+def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
+    """Measure the perplexity of the dense or the compressed model on every text, once."""
+    name = f"evaluations/{phase}.json"
+    rows = run.commits.read_json(name) or {}
+    evaluations = {text: Evaluation(**row) for text, row in rows.items()}
+    for text in run.texts:
+        if text.name not in evaluations:
+            evaluations[text.name] = evaluate_text(run, text, weights, f"{phase} {text.name}")
+            rows = {key: asdict(value) for key, value in evaluations.items()}
+            run.commits.commit({name: json.dumps(rows, indent=1).encode()})
+        run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
+        run.recorder.update(**{phase: dict(evaluations)})
+
+
+def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
+    """Measure the perplexity of a model on one text."""
+    evaluation = run.config.evaluation
+    wave_tokens = sum(map(len, text.windows))
+    waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
+    with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        measured = measure_perplexity(
+            weights.model,
+            text.windows,
+            batch_tokens=evaluation.batch_tokens,
+            logits_chunk=evaluation.logits_chunk,
+            path=weights.path,
+            weights=weights,
+            allocate=run.allocate,
+            wave_tokens=wave_tokens,
+            on_block=on_block,
+        )
+    return Evaluation(
+        protocol=evaluation.protocol,
+        windows=text.cut,
+        seqlen=text.seqlen,
+        nll=measured.nll,
+        perplexity=measured.perplexity,
+        standard_error=measured.standard_error,
+        tokens=measured.tokens,
+        count=measured.windows,
+        dropped_tokens=text.dropped_tokens,
+        tokens_sha256=text.sha256,
+        floor=text.floor,
+    )
+
+
+def make_plan(run: Run) -> Plan:
+    """Return the plan: the committed one, or a new one."""
+    committed = run.commits.read_tensors(PLAN)
+    if committed is None:
+        with run.progress.task("plan", total=len(run.opened.weights.blocks)) as advance:
+
+            def on_block(block: str) -> None:
+                advance(block)
+                run.stop.check()
+
+            plan = plan_compression(
+                run.opened.model,
+                run.calibration,
+                run.config,
+                on_block,
+                weights=run.opened.weights,
+                allocate=run.allocate,
+                commits=run.commits,
             )
-            verify_export(recorder.run_dir, model)
-    if config.export is Export.packed:
-        with recorder.phase("export"):
-            symmetric = config.wbits.symmetric
-            export_packed(model, compressed, plan.sparsity, recorder.run_dir, symmetric=symmetric)
+        run.commits.commit({PLAN: plan.stored()})
+    else:
+        plan = Plan.read(*committed)
+    run.commits.bind("plan", plan.fingerprint())
+    return plan
+
+
+def compress(run: Run, plan: Plan) -> None:
+    """Compress the model, and store each block when it is finished."""
+    with run.progress.task("compress", total=len(plan.linears)) as advance:
+
+        def record(report: LinearReport) -> None:
+            run.recorder.linears.append(report)
+            run.tracker.log_linear(report)
+
+        def on_linear(report: LinearReport) -> None:
+            advance(
+                f"block {report.block} {report.name.split('.')[-1]} "
+                f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
+            )
+
+        def restore(block: int) -> bool:
+            run.stop.check()
+            if not run.stored.restore(block):
+                return False
+            for report in run.stored.reports(block):
+                record(report)
+                advance(f"block {block}: finished earlier")
+            return True
+
+        blocks = compress_model(
+            run.opened.model,
+            run.calibration,
+            plan,
+            run.config,
+            on_linear,
+            weights=run.opened.weights,
+            allocate=run.allocate,
+            restore=restore,
+        )
+        for block in blocks:
+            run.stored.store(block)
+            for linear in block.linears:
+                record(linear.report)
+    run.recorder.update(**totals(run, plan))
+    run.commits.adopt(LINEARS)
+
+
+def tidy(run: Run) -> None:
+    """Remove what only served to continue the run, and the compressed model if nobody wants it."""
+    kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[run.config.export]
+    run.commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
 
 
 def find_model(model: ModelConfig) -> ModelSource:
@@ -197,58 +317,22 @@ def choose_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def evaluate(
-    model: PreTrainedModel,
-    texts: Sequence[EvaluationText],
-    config: Config,
-    progress: Progress,
-    title: str,
-) -> dict[str, Evaluation]:
-    """Measure the perplexity of a model on every text."""
-    evaluations = {}
-    for text in texts:
-        with progress.task(f"{title} {text.name}", total=len(text.windows)) as advance:
-            measured = measure_perplexity(
-                model,
-                text.windows,
-                batch_tokens=config.evaluation.batch_tokens,
-                logits_chunk=config.evaluation.logits_chunk,
-                on_windows=lambda count: advance(count=count),
-            )
-        evaluations[text.name] = Evaluation(
-            protocol=config.evaluation.protocol,
-            windows=text.cut,
-            seqlen=text.seqlen,
-            nll=measured.nll,
-            perplexity=measured.perplexity,
-            standard_error=measured.standard_error,
-            tokens=measured.tokens,
-            count=measured.windows,
-            dropped_tokens=text.dropped_tokens,
-            tokens_sha256=text.sha256,
-            floor=text.floor,
-        )
-    return evaluations
-
-
-def totals(
-    linears: Sequence[LinearReport], plan: Plan, model: PreTrainedModel, config: Config
-) -> dict[str, Any]:
+def totals(run: Run, plan: Plan) -> dict[str, Any]:
     """Sum up all linears and hold the model to its budget.
 
     Raises:
         AuditError: the realised average is above the requested one.
     """
+    linears, model = run.recorder.linears, run.config.model
     bits = total_bits(linears, plan.requested)
     if round(bits.average, 12) > plan.requested:
         raise AuditError(f"average bits {bits.average} are above the requested {plan.requested}")
+    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
     return {
         "bits": bits,
         "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
         "weights": sum(linear.weights for linear in linears),
-        "coverage": take_inventory(
-            model, ignore=config.model.ignore, path=config.model.blocks
-        ).coverage,
+        "coverage": inventory.coverage,
     }
 
 
@@ -266,14 +350,6 @@ def reproducible_arithmetic(seed: int) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic)
-
-
-def peak_memory() -> dict[str, int]:
-    """Return peak bytes: of the process, and of the accelerator where there is one."""
-    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if torch.cuda.is_available():
-        memory["accelerator"] = torch.cuda.max_memory_allocated()
-    return memory
 
 
 def release_memory() -> None:

@@ -1,5 +1,6 @@
 """Measure what a block's sites read: from activations to a Hessian a site."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,10 +10,11 @@ from transformers import PreTrainedModel
 
 from mi_experiments.config import Allocation, Config, Cost
 from mi_experiments.errors import MiError
-from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.blocks import Block, held
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.sites import Site
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
@@ -59,14 +61,21 @@ def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Dr
 
 
 def measure_loss(
-    model: PreTrainedModel, calibration: Int[Tensor, "nsamples seqlen"], config: Config
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "nsamples seqlen"],
+    config: Config,
+    weights: BlockWeights | None = None,
 ) -> dict[str, Float[Tensor, "_"]]:
     """Return what the loss feels of each output of each linear, if the budget is spent by that."""
     wbits = config.wbits
     if wbits.allocation is not Allocation.mixed or wbits.cost is not Cost.fisher:
         return {}
     inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    return measure_fisher(model, calibration[: wbits.fisher_samples], inventory, seed=config.seed)
+    with contextlib.ExitStack() as stack:
+        for index in range(len(inventory.modules)):
+            stack.enter_context(held(weights, index))
+        samples = calibration[: wbits.fisher_samples]
+        return measure_fisher(model, samples, inventory, seed=config.seed)
 
 
 @contextmanager

@@ -20,8 +20,9 @@ from mi_experiments.config import UNQUANTIZED, Config, GridFit, Scope
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.replay import Allocate, Stream
 from mi_experiments.llm.sites import Site
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.measure import measure_hessians, measure_twins, site_context
 from mi_experiments.method.audit import audit_linear
@@ -54,10 +55,32 @@ class SiteStatistics:
 
 @dataclass(frozen=True)
 class CompressedLinear:
-    """One weight matrix after its sweep: the report, and the grids as an export writes them."""
+    """One weight matrix after its sweep, still in the model.
 
+    Attributes:
+        linear: the matrix.
+        report: what happened to it.
+        grids: as an export writes them.
+        sparsity: the pattern that it follows.
+    """
+
+    linear: LinearView
     report: LinearReport
     grids: LinearGrid
+    sparsity: Sparsity
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedBlock:
+    """One block after its sweeps, still holding its weights.
+
+    Attributes:
+        index: of the block.
+        linears: in execution order.
+    """
+
+    index: int
+    linears: list[CompressedLinear]
 
 
 def compress_model(
@@ -66,8 +89,12 @@ def compress_model(
     plan: Plan,
     config: Config,
     on_linear: Callable[[LinearReport], None] = lambda report: None,
-) -> list[CompressedLinear]:
-    """Prune and quantize every linear of the model, in place.
+    *,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    restore: Callable[[int], bool] = lambda block: False,
+) -> Iterator[CompressedBlock]:
+    """Prune and quantize every linear of the model, in place, block after block.
 
     Args:
         model: changed in place, linear by linear.
@@ -75,33 +102,41 @@ def compress_model(
         plan: groups and widths of every linear.
         config: of the run.
         on_linear: called after each linear, for progress and tracking.
+        weights: loads each block when its turn comes and drops it afterwards; None for a model that
+            holds all its weights.
+        allocate: makes room for hidden states; by default where blocks run.
+        restore: puts the weights of a block that was compressed earlier into the model, or answers
+            no; such a block is not yielded.
 
-    Returns:
-        A report and the stored form of every linear, in order.
+    Yields:
+        Each block when it is compressed, to be stored before the next one is asked for.
 
     Raises:
         NumericalError: activations that are not finite or a Hessian that cannot be factorized.
         AuditError: a linear that does not keep a promise of its plan.
     """
-    compressed: list[CompressedLinear] = []
     walk = walk_blocks(
         model,
         calibration,
         batch_size=config.dataset.batch_size,
         ignore=tuple(config.model.ignore),
         path=config.model.blocks,
+        weights=weights,
+        allocate=allocate,
     )
     dense: Stream | None = None
     for block in walk:
         twins = Twins.open(block, dense) if corrects_targets(config) else None
-        for site, hessian, drift in measure_sites(block, twins, config):
-            with site_context(block, site):
-                statistics = factorize_site(hessian, drift, plan.sparsity, config)
-                for linear in site.linears:
-                    compressed.append(compress_linear(linear, statistics, plan, config))
-                    on_linear(compressed[-1].report)
+        if not restore(block.index):
+            linears = []
+            for site, hessian, drift in measure_sites(block, twins, config):
+                with site_context(block, site):
+                    statistics = factorize_site(hessian, drift, plan.sparsity, config)
+                    for linear in site.linears:
+                        linears.append(compress_linear(linear, statistics, plan, config))
+                        on_linear(linears[-1].report)
+            yield CompressedBlock(block.index, linears)
         dense = twins.advance() if twins else None
-    return compressed
 
 
 def corrects_targets(config: Config) -> bool:
@@ -194,7 +229,7 @@ def compress_linear(
         seconds=time.perf_counter() - started,
         status="untouched" if untouched else "compressed",
     )
-    return CompressedLinear(report, stored_form(swept, grid, linear_plan))
+    return CompressedLinear(linear, report, stored_form(swept, grid, linear_plan), plan.sparsity)
 
 
 def aim(

@@ -1,43 +1,35 @@
 """plan_compression: what every linear will get, and why.
 
-One pass over the dense model: each site's Hessian is measured once for all linears that read it,
-its channels are grouped, every group is priced at every width, and the budget is spent exactly.
-A `Plan` is a value: groups and widths of every linear. Plans that depend on no activation
-(uniform widths on contiguous or random groups) need no pass.
+One pass over the dense model drafts every site (`drafts`), then the budget is spent exactly. A
+`Plan` is a value: groups and widths of every linear. Plans that depend on no activation (uniform
+widths on contiguous or random groups) need no pass.
 """
 
+import dataclasses
 import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, NGroupsConfig, Scope
+from mi_experiments.config import Allocation, Config, NGroupsConfig, Scope
+from mi_experiments.drafts import Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, walk_blocks
-from mi_experiments.llm.sites import Site
+from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.measure import measure_hessians, measure_loss, site_context
 from mi_experiments.method.allocation import allocate_bits
-from mi_experiments.method.grid import fit_grid, scale_groups
-from mi_experiments.method.grouping import Grouping, group_channels
-from mi_experiments.method.hessian import Factor, Hessian, factorize
-from mi_experiments.method.information import (
-    InformationSummary,
-    measure_information,
-    noise_floor,
-    summarize,
-)
-from mi_experiments.method.pruning import Sparsity, choose_pruned
-from mi_experiments.record import write_atomically
-
-log = logging.getLogger(__name__)
+from mi_experiments.method.grid import scale_groups
+from mi_experiments.method.grouping import Grouping
+from mi_experiments.method.information import InformationSummary
+from mi_experiments.method.pruning import Sparsity
+from mi_experiments.resume import Commits
 
 UNMEASURED = (Grouping.contiguous, Grouping.random)
 """Groupings that need no activations."""
@@ -82,13 +74,38 @@ class Plan:
     sparsity: Sparsity
     requested: float
 
-    def save(self, path: Path) -> None:
-        """Write groups and widths as safetensors, atomically."""
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return tensors and metadata that hold everything, for a safetensors file."""
         tensors = {}
         for name, linear in self.linears.items():
             tensors[f"{name}.bits"] = linear.bits
             tensors[f"{name}.channel_group"] = linear.channel_group.clone()
-        write_atomically(path, to_safetensors(tensors, {"requested": repr(self.requested)}))
+            tensors[f"{name}.scale_group"] = linear.scale_group.clone()
+        linears = {n: [p.block, p.site, p.rows, p.columns] for n, p in self.linears.items()}
+        information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
+        return tensors, {
+            "requested": repr(self.requested),
+            "sparsity": json.dumps(dataclasses.asdict(self.sparsity)),
+            "linears": json.dumps(linears),
+            "information": json.dumps(information),
+        }
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Plan":
+        """Return what `stored` gave."""
+        linears = {}
+        for name, (block, site, rows, columns) in json.loads(metadata["linears"]).items():
+            group, bits, scale_group = (
+                tensors[f"{name}.{key}"] for key in ("channel_group", "bits", "scale_group")
+            )
+            linears[name] = LinearPlan(block, site, rows, columns, group, bits, scale_group)
+        information = json.loads(metadata["information"])
+        return cls(
+            linears,
+            {site: InformationSummary(**item) for site, item in information.items()},
+            Sparsity(**json.loads(metadata["sparsity"])),
+            float(metadata["requested"]),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of all groups and widths."""
@@ -99,26 +116,6 @@ class Plan:
             for tensor in (linear.bits, linear.channel_group, linear.scale_group):
                 digest.update(tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class GroupCosts:
-    """Price list of one linear: the cost of each group at each width, and its number of weights."""
-
-    costs: Float[Tensor, "groups widths"]
-    sizes: Int[Tensor, "groups"]
-
-
-@dataclass(frozen=True)
-class DraftLinear:
-    """A linear whose groups are known and whose widths are still to be chosen."""
-
-    name: str
-    block: int
-    site: str
-    rows: int
-    channel_group: Int[Tensor, "columns"]
-    prices: GroupCosts | None
 
 
 def needs_activations(config: Config) -> bool:
@@ -132,6 +129,10 @@ def plan_compression(
     calibration: Int[Tensor, "nsamples seqlen"],
     config: Config,
     on_block: Callable[[str], None] = lambda name: None,
+    *,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    commits: Commits | None = None,
 ) -> Plan:
     """Group the channels of every site and allocate the bit budget.
 
@@ -140,6 +141,9 @@ def plan_compression(
         calibration: token ids.
         config: of the run.
         on_block: called with the name of each block when its sites are priced, for progress.
+        weights: loads each block when its turn comes; None for a model that holds all its weights.
+        allocate: makes room for hidden states; by default where blocks run.
+        commits: keep and give back the drafts of finished blocks.
 
     Returns:
         Groups and widths of every linear; the average width is at most the budget, exactly.
@@ -148,131 +152,68 @@ def plan_compression(
         InputError: more groups than channels.
         NumericalError: activations that are not finite, or a Hessian that cannot be factorized.
     """
-    fisher = measure_loss(model, calibration, config)
-    drafts: list[DraftLinear] = []
+    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
+    for linears in inventory.linears:
+        for linear in linears:
+            check_count(linear.columns, linear.name, config.n_groups)
+    finished = read_drafts(commits, len(inventory.modules))
+    if len(finished) < len(inventory.modules):
+        fisher = measure_loss(model, calibration, config, weights)
+        activations = needs_activations(config)
+        walk = walk_blocks(
+            model,
+            calibration if activations else calibration[:1, :2],
+            batch_size=config.dataset.batch_size,
+            ignore=tuple(config.model.ignore),
+            path=config.model.blocks,
+            weights=weights,
+            allocate=allocate,
+        )
+        for block in walk:
+            if block.index not in finished:
+                finished[block.index] = draft_block(block, fisher, activations, config)
+                if commits is not None and activations:
+                    commits.commit({draft_name(block.index): finished[block.index].stored()})
+            on_block(block.name)
+    drafts = [linear for _, draft in sorted(finished.items()) for linear in draft.linears]
+    information = {
+        s: i for _, draft in sorted(finished.items()) for s, i in draft.information.items()
+    }
+    return Plan(
+        allocate_widths(drafts, config), information, sparsity_of(config), config.wbits.average
+    )
+
+
+def draft_block(
+    block: Block, fisher: Mapping[str, Float[Tensor, "_"]], activations: bool, config: Config
+) -> Draft:
+    """Group the channels of a block's sites and price every group at every width."""
+    linears: list[DraftLinear] = []
     information: dict[str, InformationSummary] = {}
-    activations = needs_activations(config)
-    sequences = calibration if activations else calibration[:1, :2]
-    walk = walk_blocks(
-        model,
-        sequences,
-        batch_size=config.dataset.batch_size,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-    )
-    for block in walk:
-        for site in block.sites:
-            check_count(site.columns, f"{block.name}.{site.name}", config.n_groups)
-        hessians = measure_hessians(block, block.sites, config) if activations else {}
-        for site in block.sites:
-            with site_context(block, site):
-                site_drafts, summary = draft_site(
-                    block, site, hessians.pop(site.name, None), fisher, config
-                )
-            drafts += site_drafts
-            if summary is not None:
-                information[site_drafts[0].site] = summary
-        on_block(block.name)
-    linears = allocate(drafts, config)
-    return Plan(linears, information, sparsity_of(config), config.wbits.average)
+    hessians = measure_hessians(block, block.sites, config) if activations else {}
+    for site in block.sites:
+        with site_context(block, site):
+            drafts, summary = draft_site(block, site, hessians.pop(site.name, None), fisher, config)
+        linears += drafts
+        if summary is not None:
+            information[drafts[0].site] = summary
+    return Draft(linears, information)
 
 
-def draft_site(
-    block: Block,
-    site: Site,
-    hessian: Hessian | None,
-    fisher: Mapping[str, Float[Tensor, "_"]],
-    config: Config,
-) -> tuple[list[DraftLinear], InformationSummary | None]:
-    """Group a site's channels and price every group of its linears at every width."""
-    groups = config.n_groups
-    factor = matrix = summary = None
-    if hessian is not None:
-        factor = factorize(hessian, damping=config.recipe.damping)
-        matrix = measure_information(hessian, groups.estimator)
-        generator = torch.Generator().manual_seed(groups.seed)
-        noise = noise_floor(hessian.sample, groups.estimator, generator)
-        summary = summarize(matrix, noise, factor, groups.estimator)
-    channel_group = group_channels(
-        groups.grouping,
-        groups.count,
-        site.columns,
-        hessian=hessian,
-        factor=factor,
-        information=matrix,
-        weights_energy=sum_energy(site) if hessian is not None else None,
-        seed=groups.seed,
-        multiple=groups.multiple,
-    )
-    name = f"{block.name}.{site.name}"
-    mixed = config.wbits.allocation is Allocation.mixed
-    drafts = []
-    for linear in site.linears:
-        prices = None
-        if mixed and hessian is not None and factor is not None:
-            weight = linear.read_weight()
-            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
-            prices = price_groups(weight, loss, channel_group, hessian, factor, config)
-        drafts.append(
-            DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)
-        )
-    return drafts, summary
+def draft_name(block: int) -> str:
+    """Return the name under which the draft of a block is committed."""
+    return f"drafts/{block:05}.safetensors"
 
 
-def sum_energy(site: Site) -> Float[Tensor, "columns"]:
-    """Return ‖W_j‖² of each channel, summed over the site's linears."""
-    return torch.stack([linear.read_weight().square().sum(0) for linear in site.linears]).sum(0)
+def read_drafts(commits: Commits | None, blocks: int) -> dict[int, Draft]:
+    """Return the drafts that are committed, by block."""
+    if commits is None:
+        return {}
+    found = {block: commits.read_tensors(draft_name(block)) for block in range(blocks)}
+    return {block: Draft.read(*content) for block, content in found.items() if content is not None}
 
 
-def price_groups(
-    weight: Float[Tensor, "rows columns"],
-    loss: Float[Tensor, "rows"],
-    channel_group: Int[Tensor, "columns"],
-    hessian: Hessian,
-    factor: Factor,
-    config: Config,
-) -> GroupCosts:
-    """Price each group at each width by the output error that its grids, really fitted, would make.
-
-    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
-    rows i that survive pruning: the error that remains after the other channels have compensated
-    (GPTQ, arXiv:2210.17323, equation 2). `loss` f_i is 1, or with `cost=fisher` the Fisher
-    information of the model's loss about output i.
-    """
-    saliency = 1 / factor.inverse_diagonal()
-    sparsity = sparsity_of(config)
-    pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
-    groups = int(channel_group.max()) + 1
-    wbits = config.wbits
-    scale_group = scale_groups(channel_group, wbits.group_size)
-    columns = []
-    for width in wbits.candidate_widths():
-        bits = torch.full_like(channel_group, width, dtype=torch.uint8)
-        error = torch.zeros_like(weight)
-        if width < UNQUANTIZED:
-            grid = fit_grid(
-                weight,
-                bits,
-                scale_group,
-                symmetric=wbits.symmetric,
-                clip_search=wbits.clip_search,
-                pruned=pruned,
-            )
-            error = grid.quantize(weight) - weight
-        if pruned is not None:
-            error = error.masked_fill(pruned, 0)
-        per_channel = (loss @ error.square()).double() * saliency
-        columns.append(
-            per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
-        )
-    costs = torch.stack(columns, dim=1)
-    if wbits.cost is Cost.relative:
-        costs = costs / (weight @ hessian.matrix * weight).sum().double().clamp(min=1e-30)
-    sizes = torch.bincount(channel_group.long(), minlength=groups) * weight.shape[0]
-    return GroupCosts(costs.cpu(), sizes.cpu())
-
-
-def allocate(drafts: Iterable[DraftLinear], config: Config) -> dict[str, LinearPlan]:
+def allocate_widths(drafts: Iterable[DraftLinear], config: Config) -> dict[str, LinearPlan]:
     """Choose every group's width within the budget of its linear, its site or the model."""
     drafts = list(drafts)
     wbits = config.wbits
@@ -321,11 +262,6 @@ def finish(draft: DraftLinear, widths: Int[Tensor, "groups"], config: Config) ->
         bits=widths[group.long()].to(torch.uint8),
         scale_group=scale_groups(group, config.wbits.group_size),
     )
-
-
-def sparsity_of(config: Config) -> Sparsity:
-    """Return the sparsity that every linear gets."""
-    return Sparsity(config.sparsity.ratio, config.sparsity.n, config.sparsity.m)
 
 
 def check_count(columns: int, name: str, n_groups: NGroupsConfig) -> None:

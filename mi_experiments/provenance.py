@@ -6,20 +6,27 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mi_experiments.composing import to_plain
 from mi_experiments.config import Config
 from mi_experiments.llm.loading import ModelSource, content_hash
 from mi_experiments.llm.windows import token_hash
 from mi_experiments.record import Provenance
 from mi_experiments.scrubbing import scrub
+from mi_experiments.texts import EvaluationText
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
+
+INCIDENTAL = ("tracking", "memory", "dry_run", "resume")
+"""Parts of the config that move no number."""
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -53,6 +60,23 @@ def measure_provenance(
         model_revision=source.commit,
         calibration_sha256=token_hash(calibration),
     )
+
+
+def fingerprint(
+    config: Config, provenance: Provenance, texts: Sequence[EvaluationText]
+) -> dict[str, Any]:
+    """Return everything that the numbers of a run depend on, for its manifest."""
+    asked = {key: part for key, part in to_plain(config).items() if key not in INCIDENTAL}
+    return {
+        "config": scrub(asked),
+        "model_files": provenance.model_files,
+        "calibration": provenance.calibration_sha256,
+        "evaluation": {text.name: text.sha256 for text in texts},
+        "numerics_version": provenance.numerics_version,
+        "versions": {name: provenance.versions[name] for name in ("torch", "transformers")},
+        "device": provenance.device,
+        "threads": provenance.threads,
+    }
 
 
 def scrub_argument(argument: str) -> str:

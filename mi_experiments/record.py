@@ -1,13 +1,12 @@
 """What a run leaves behind: frozen values, written as JSON and parquet, and read back.
 
-A run directory holds `result.json` (one `Result`), `linears.parquet` (a `LinearReport` a row),
-`run.log`, `.hydra/`, and with `export=dense` the compressed model and its grids.
+A run directory holds `result.json` (one `Result`), `linears.parquet` and `timings.parquet` (a
+`LinearReport` a row), `manifest.json` (what is finished, by content), `run.log`, `.hydra/`, and
+with `export=dense` the compressed model and its grids.
 """
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mi_experiments.atomic import write_atomically
+
 RESULT = "result.json"
 LINEARS = "linears.parquet"
+TIMINGS = "timings.parquet"
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ class LinearReport:
     def weights(self) -> int:
         """Number of weights."""
         return self.rows * self.columns
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "LinearReport":
+        """Return the report that `dataclasses.asdict` and JSON turned into a row."""
+        bits = {int(width): channels for width, channels in row["bits"].items()}
+        attempts = tuple(row["damping_attempts"])
+        return cls(**{**row, "bits": bits, "damping_attempts": attempts})
 
 
 @dataclass(frozen=True)
@@ -158,8 +167,8 @@ class Result:
     """A run.
 
     Attributes:
-        status: `running`, `completed` or `failed`.
-        error: the one line of a failed run.
+        status: `running`, `completed`, `interrupted` (can be continued) or `failed`.
+        error: the one line of a run that did not complete.
         config: what was asked.
         provenance: where the numbers come from; None if the run failed before it was known.
         dense: evaluation of the model as loaded, by text.
@@ -169,7 +178,8 @@ class Result:
         weights: number of weights of the compressed linears.
         coverage: compressed share of all block weights of two or more dimensions.
         memory: peak bytes of host and accelerator.
-        seconds: by phase.
+        seconds: by phase, over all the times that the run was continued.
+        resumed: how many times it was.
     """
 
     status: str
@@ -184,6 +194,7 @@ class Result:
     coverage: float | None
     memory: dict[str, int]
     seconds: dict[str, float]
+    resumed: int
 
 
 def write_result(result: Result, run_dir: Path) -> None:
@@ -223,27 +234,31 @@ LINEAR_SCHEMA = pa.schema([
     ("damping_attempts", pa.list_(pa.float64())),
     ("dead_channels", pa.int64()),
     ("tokens", pa.int64()),
-    ("seconds", pa.float64()),
     ("status", pa.string()),
 ])
+TIMING_SCHEMA = pa.schema([("name", pa.string()), ("seconds", pa.float64())])
 
 
 def write_linears(linears: Sequence[LinearReport], run_dir: Path) -> None:
-    """Write `linears.parquet` atomically, a row a linear."""
+    """Write `linears.parquet` and `timings.parquet` atomically, a row a linear.
+
+    Times differ between equal runs; all else is in the first file, which does not.
+    """
     rows = [dataclasses.asdict(linear) | {"bits": list(linear.bits.items())} for linear in linears]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=LINEAR_SCHEMA), sink)
-    write_atomically(run_dir / LINEARS, sink.getvalue().to_pybytes())
+    for name, schema in ((LINEARS, LINEAR_SCHEMA), (TIMINGS, TIMING_SCHEMA)):
+        sink = pa.BufferOutputStream()
+        chosen = [{field: row[field] for field in schema.names} for row in rows]
+        pq.write_table(pa.Table.from_pylist(chosen, schema=schema), sink)
+        write_atomically(run_dir / name, sink.getvalue().to_pybytes())
 
 
 def read_linears(run_dir: Path) -> list[LinearReport]:
-    """Read `linears.parquet` back as the values it was written from."""
+    """Read what `write_linears` wrote back as the values that it was written from."""
     rows = pq.read_table(run_dir / LINEARS, schema=LINEAR_SCHEMA).to_pylist()
+    timings = pq.read_table(run_dir / TIMINGS, schema=TIMING_SCHEMA).to_pylist()
     return [
-        LinearReport(
-            **row | {"bits": dict(row["bits"]), "damping_attempts": tuple(row["damping_attempts"])}
-        )
-        for row in rows
+        LinearReport.from_json(row | {"bits": dict(row["bits"]), "seconds": timing["seconds"]})
+        for row, timing in zip(rows, timings, strict=True)
     ]
 
 
@@ -267,18 +282,3 @@ def weighted_mean(linears: Sequence[LinearReport], values: Mapping[str, float]) 
     """Mean of a value per linear, weighted by the number of its weights."""
     weights = sum(linear.weights for linear in linears)
     return sum(values[linear.name] * linear.weights for linear in linears) / weights
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all: temporary sibling, fsync, rename."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

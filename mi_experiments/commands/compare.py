@@ -10,10 +10,10 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from mi_experiments.atomic import write_atomically
 from mi_experiments.commands.formats import draw, write_table
 from mi_experiments.compare import add_difference, average_over, pivot
 from mi_experiments.errors import InputError, MiError
-from mi_experiments.record import write_atomically
 from mi_experiments.run_table import (
     AVERAGED,
     COUNT,

@@ -1,6 +1,8 @@
 """mi-run: compose one run or a sweep with Hydra, do it, and print what came out."""
 
 import fcntl
+import hashlib
+import json
 import logging
 import os
 import secrets
@@ -19,14 +21,16 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from mi_experiments.atomic import write_atomically
 from mi_experiments.commands.tables import print_dry_run, print_result
 from mi_experiments.composing import explain, from_hydra
 from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
 from mi_experiments.experiment import run_experiment
 from mi_experiments.progress import Progress
-from mi_experiments.provenance import scrub_argument
-from mi_experiments.record import RESULT, write_atomically
+from mi_experiments.provenance import INCIDENTAL, NUMERICS_VERSION, scrub_argument
+from mi_experiments.record import RESULT, Result, read_result
+from mi_experiments.resume import StopRequest
 from mi_experiments.scrubbing import scrub
 from mi_experiments.tracking import Tracker
 
@@ -46,6 +50,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     disable_progress_bar()  # type: ignore[no-untyped-call]
     OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
     try:
         compose()
     except MiError as error:
@@ -81,6 +86,9 @@ def compose(composed: DictConfig) -> float | None:
 
 def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float | None:
     """Check the config, do the run or outline it, and print what came out."""
+    if composed.get("resume"):
+        run_dir = Path(composed.resume)
+        composed = recall_composition(composed, run_dir, list(HydraConfig.get().overrides.task))
     config = from_hydra(composed)
     console = Console()
     if not console.is_terminal:
@@ -89,12 +97,41 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
         print_dry_run(dry_run(config), config, console)
         return None
     run_dir.mkdir(parents=True, exist_ok=True)
-    with claim(run_dir), log_file(run_dir):
+    stop = StopRequest()
+    with claim(run_dir) as finished, log_file(run_dir), stop.listen():
+        if finished is not None:
+            console.print(f"{run_dir} is complete; remove it to run again", highlight=False)
+            print_result(finished, run_dir, sweep_dir, None, console)
+            return next(iter(finished.compressed.values())).perplexity
         save_composition(composed, run_dir)
         with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
-            result = run_experiment(config, run_dir, tracker, Progress())
+            result = run_experiment(config, run_dir, tracker, Progress(), stop)
         print_result(result, run_dir, sweep_dir, tracker, console)
     return next(iter(result.compressed.values())).perplexity
+
+
+def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]) -> DictConfig:
+    """Return the config that a run began with, changed by what is given beside `resume=`.
+
+    Changes that move a number are refused later, by the fingerprint, which shows them.
+
+    Raises:
+        InputError: there is no such run, or a change is a choice of a group.
+    """
+    saved = run_dir / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise InputError(f"resume={run_dir}: no run was begun there ({saved} is missing)")
+    config = OmegaConf.load(saved)
+    assert isinstance(config, DictConfig)
+    for override in overrides:
+        key, _, _ = override.lstrip("+~").partition("=")
+        if key == "resume":
+            continue
+        if key in config and OmegaConf.is_dict(config[key]) and key not in INCIDENTAL:
+            raise InputError(f"resume={run_dir} goes on with the run's own {key}: leave it out")
+        OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+    config.resume = None
+    return config
 
 
 def save_composition(composed: DictConfig, run_dir: Path) -> None:
@@ -131,16 +168,36 @@ def log_file(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claim(run_dir: Path) -> Iterator[None]:
-    """Hold the run directory alone; a second process, or an earlier run's records, are refused."""
+def claim(run_dir: Path) -> Iterator[Result | None]:
+    """Hold the run directory alone; yields the result of a run that is complete.
+
+    Raises:
+        InputError: another process holds it, or it holds something that is no run of this kind.
+    """
     with (run_dir / "run.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{run_dir} is in use by another run: choose another") from None
+        finished = None
         if (run_dir / RESULT).exists():
-            raise InputError(f"{run_dir} already holds a run: choose another directory")
-        yield
+            try:
+                result = read_result(run_dir)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{run_dir / RESULT} is not a result of this version ({error}): "
+                    "choose another directory (hydra.run.dir=DIR)"
+                ) from error
+            finished = result if result.status == "completed" else None
+        yield finished
+
+
+def config_hash(*, _root_: DictConfig) -> str:
+    """Name what a run will compute: ten hexadecimal digits of everything that moves a number."""
+    keys = [key for key in map(str, _root_) if key not in ("hydra", *INCIDENTAL)]
+    asked = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
+    text = json.dumps([NUMERICS_VERSION, asked], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def fail(line: str, code: int) -> NoReturn:

@@ -13,7 +13,11 @@ from mi_experiments.tracking import Tracker
 
 
 def print_result(
-    result: Result, run_dir: Path, sweep_dir: Path | None, tracker: Tracker, console: Console
+    result: Result,
+    run_dir: Path,
+    sweep_dir: Path | None,
+    tracker: Tracker | None,
+    console: Console,
 ) -> None:
     """Print what a run gave: perplexities, bits, sparsity, time, and where the records lie."""
     console.print(perplexity_table(result))
@@ -21,7 +25,8 @@ def print_result(
     lines = [("records", str(run_dir)), ("", f"{RESULT}  {LINEARS}  run.log  .hydra/")]
     if sweep_dir is not None:
         lines.append(("compare", f"mi-compare {sweep_dir}"))
-    lines += [("W&B", line) for line in [tracker.fallback, *tracker.commands()] if line]
+    if tracker is not None:
+        lines += [("W&B", line) for line in [tracker.fallback, *tracker.commands()] if line]
     for title, line in lines:
         console.print(f"{title:<8} {line}", soft_wrap=True, highlight=False, markup=False)
 

@@ -6,7 +6,7 @@ what an architecture adds is at most the path of its block list.
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.replay import Call, Stop, Stream, open_stream
+from mi_experiments.llm.replay import Allocate, Call, Stop, Stream, open_stream
 from mi_experiments.llm.sites import Site, find_sites
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.watching import watch
 
 NO_SHAPES = "the shapes in this model depend on its activations, so it has no dry run; run it"
@@ -134,6 +135,8 @@ def walk_blocks(
     batch_size: int,
     ignore: Sequence[str] = (),
     path: str | None = None,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
 ) -> Iterator[Block]:
     """Yield the decoder blocks in order, each with the hidden states that it reads.
 
@@ -147,6 +150,9 @@ def walk_blocks(
         batch_size: Samples per forward pass; the last batch may be smaller.
         ignore: Weights to leave as they are, see ``take_inventory``.
         path: Path of the block list, see ``block_list``.
+        weights: Loads each block when its turn comes and drops it afterwards; None for a model that
+            holds all its weights.
+        allocate: Makes room for hidden states; by default where blocks run.
 
     Raises:
         ValueError: If the model is in training mode.
@@ -154,15 +160,31 @@ def walk_blocks(
     if model.training:
         raise ValueError("the model must be in eval mode: dropout would make every pass different")
     inventory = take_inventory(model, ignore=ignore, path=path)
-    stream = open_stream(model, inventory, tokens, batch_size)
-    for index, module in enumerate(inventory.modules):
-        name = f"{inventory.path}.{index}"
-        sites = find_sites(name, module, inventory.linears[index], stream)
-        # As the sites see them: running the block has shown which way round each one is.
-        views = {linear.name: linear for site in sites for linear in site.linears}
-        linears = tuple(views[linear.name] for linear in inventory.linears[index])
-        yield Block(index, name, module, linears, sites, stream)
-        stream.advance(name, module)
+    path, modules = inventory.path, inventory.modules
+    with held(weights, 0):
+        stream = open_stream(model, path, modules, tokens, batch_size, allocate)
+    for index, module in enumerate(modules):
+        name = f"{path}.{index}"
+        with held(weights, index):
+            sites = find_sites(name, module, inventory.linears[index], stream)
+            # As the sites see them: running the block has shown which way round each one is.
+            views = {linear.name: linear for site in sites for linear in site.linears}
+            linears = tuple(views[linear.name] for linear in inventory.linears[index])
+            yield Block(index, name, module, linears, sites, stream)
+            stream.advance(name, module)
+
+
+@contextmanager
+def held(weights: BlockWeights | None, index: int) -> Iterator[None]:
+    """Let a block hold its weights for the length of a with statement."""
+    if weights is None:
+        yield
+        return
+    weights.load(index)
+    try:
+        yield
+    finally:
+        weights.drop(index)
 
 
 def describe_blocks(

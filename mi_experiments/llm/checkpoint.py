@@ -57,6 +57,15 @@ def weight_files(directory: Path) -> list[Path]:
     raise InputError(f"{directory} has no model.safetensors; no other format is read")
 
 
+def stored_shapes(file: Path) -> dict[str, list[int]]:
+    """Return the shape of every tensor in a safetensors file, having checked the file's length.
+
+    Raises:
+        InputError: If the file is damaged.
+    """
+    return {name: shape for name, (_, shape) in _headers(file).items()}
+
+
 def stored_dtype(files: list[Path]) -> torch.dtype:
     """Return the dtype of most weights, having opened every file and checked its length.
 
@@ -64,15 +73,20 @@ def stored_dtype(files: list[Path]) -> torch.dtype:
         InputError: If a file is damaged, or most weights are not floating-point numbers.
     """
     weights: Counter[str] = Counter()
-    for name in files:
-        try:
-            with safe_open(name, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a mapping)
-                    tensor = file.get_slice(key)
-                    weights[tensor.get_dtype()] += torch.Size(tensor.get_shape()).numel()
-        except SafetensorError as error:
-            raise InputError(f"{name} is corrupt or truncated: {one_line(error)}") from error
+    for file in files:
+        for dtype, shape in _headers(file).values():
+            weights[dtype] += torch.Size(shape).numel()
     stored = weights.most_common(1)[0][0] if weights else None
     if stored not in STORED_DTYPES:
         raise InputError(f"{files} hold {stored} weights; only {', '.join(STORED_DTYPES)} are read")
     return STORED_DTYPES[stored]
+
+
+def _headers(name: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return dtype and shape of every tensor of a file."""
+    try:
+        with safe_open(name, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            return {key: (part.get_dtype(), part.get_shape()) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{name} is corrupt or truncated: {one_line(error)}") from error

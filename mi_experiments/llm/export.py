@@ -1,28 +1,18 @@
-"""Write a compressed model: the weights as any tool reads them, and the grids that made them.
+"""What an export holds beside the weights: the grids that made them, and the model's settings.
 
-`DIRECTORY/model/` is a Hugging Face model and tokenizer. `DIRECTORY/grids.safetensors` holds the
-tensors of `LinearGrid` for each compressed linear, named `NAME.bits`, `NAME.scale` and so on, where
-NAME is the weight's parameter without `.weight`.
+`RUN_DIR/model/` is a Hugging Face model and tokenizer. `RUN_DIR/grids/BLOCK.safetensors` holds the
+tensors of `LinearGrid` for each compressed linear of a block, named `NAME.bits`, `NAME.scale` and
+so on, where NAME is the linear.
 """
 
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Bool, Float32, Int32, UInt8
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-from mi_experiments.errors import AuditError, InputError
-
-MODEL = "model"
-GRIDS = "grids.safetensors"
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LinearGrid(TypedDict):
@@ -59,58 +49,6 @@ GRID_DTYPES = {
 }
 
 
-def export_dense(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: str | Path,
-    grids: Mapping[str, LinearGrid],
-) -> None:
-    """Write the model, its tokenizer and its grids; all of it or nothing.
-
-    Everything is written and flushed under a temporary name in the directory, then renamed, the
-    model last: where `model/` exists, the export is complete.
-
-    Args:
-        model: with the compressed weights in place, in its own number format.
-        tokenizer: of the model.
-        directory: receives `model/` and `grids.safetensors`; made where it does not exist.
-        grids: by name of the linear, the six tensors of `LinearGrid`, on any device.
-
-    Raises:
-        InputError: the directory holds an export already, or the disk refuses.
-        ValueError: a grid is not what `LinearGrid` says.
-    """
-    directory = Path(directory)
-    for target in (directory / MODEL, directory / GRIDS):
-        if os.path.lexists(target):
-            raise InputError(f"{target} exists and is not overwritten: choose another directory")
-    tensors = grid_tensors(grids)
-    # In the directory itself, so that a rename never crosses a filesystem.
-    temporary = directory / f".export-{secrets.token_hex(4)}"
-    try:
-        temporary.mkdir(parents=True)
-        _save_model(model, temporary / MODEL)
-        tokenizer.save_pretrained(temporary / MODEL)
-        save_file(tensors, temporary / GRIDS)
-        _flush(temporary)
-        _publish(temporary, directory)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{directory}: the export cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, directory: Path) -> None:
-    """Rename grids and model into the directory, both or neither."""
-    (temporary / GRIDS).rename(directory / GRIDS)
-    try:
-        (temporary / MODEL).rename(directory / MODEL)
-    except OSError:
-        (directory / GRIDS).unlink()
-        raise
-    _fsync(directory)
-
-
 def grid_tensors(grids: Mapping[str, LinearGrid]) -> dict[str, Tensor]:
     """Name every tensor of every grid, and require that they fit each other.
 
@@ -133,72 +71,22 @@ def grid_tensors(grids: Mapping[str, LinearGrid]) -> dict[str, Tensor]:
     return tensors
 
 
-def _save_model(model: PreTrainedModel, directory: Path) -> None:
-    """Write configuration and weights, with the generation settings as they are.
+def write_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Write config, generation settings and tokenizer of a model.
 
     Published checkpoints (Vicuna) carry sampling settings that the library reads with a warning and
     refuses to write; they have no part in compression and go through unchanged.
-    """
-    settings = model.generation_config
-    if settings is None:
-        model.save_pretrained(directory)
-        return
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        model.save_pretrained(directory)
-    finally:
-        model.generation_config = settings
-    settings.to_json_file(directory / "generation_config.json")
-
-
-def _flush(directory: Path) -> None:
-    """Bring every file and folder below a directory to the disk."""
-    for path in directory.rglob("*"):
-        _fsync(path)
-    _fsync(directory)
-
-
-def _fsync(path: Path) -> None:
-    """Bring one file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def verify_export(directory: str | Path, model: PreTrainedModel) -> None:
-    """Require that the export, read back from disk, is the model in memory.
-
-    Reads a second copy of the model into host memory.
 
     Args:
-        directory: written by `export_dense`.
-        model: that was exported, unchanged since.
-
-    Raises:
-        AuditError: a tensor is missing, too many, or differs in a single bit.
+        model: whose weights are or will be in the directory.
+        tokenizer: of the model.
+        directory: existing.
     """
-    path = Path(directory) / MODEL
-    loaded: Any = type(model).from_pretrained(
-        path, dtype=model.dtype, local_files_only=True, output_loading_info=True
-    )
-    reloaded, report = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise AuditError(f"{path}: {kind} on reading it back: {sorted(report[kind])[:4]}")
-    expected, found = model.state_dict(), reloaded.state_dict()
-    if expected.keys() != found.keys():
-        names = sorted(expected.keys() ^ found.keys())
-        raise AuditError(f"{path}: tensors that are only in memory or only on disk: {names[:4]}")
-    for name, tensor in expected.items():
-        if not _same_bits(tensor, found[name]):
-            raise AuditError(f"{path}: {name} on disk differs from the model in memory")
-
-
-def _same_bits(tensor: Tensor, other: Tensor) -> bool:
-    """Compare dtype, shape and every bit, so that NaN equals itself and 0.0 is not -0.0."""
-    if tensor.dtype != other.dtype or tensor.shape != other.shape:
-        return False
-    flat, other_flat = (t.detach().cpu().flatten().view(torch.uint8) for t in (tensor, other))
-    return torch.equal(flat, other_flat)
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.to_json_file(directory / "generation_config.json")
+    tokenizer.save_pretrained(directory)

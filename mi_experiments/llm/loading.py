@@ -6,9 +6,9 @@ with what the user named is found before the weights are read where possible, an
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.checkpoint import one_line, read_json, stored_dtype, weight_files
+from mi_experiments.llm.streaming import BlockWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -108,7 +110,22 @@ def locate_model(
     return ModelSource(Path(snapshot), Path(snapshot).name)
 
 
-def load_model(
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model whose blocks hold weights only while they are worked on.
+
+    Attributes:
+        model: In eval mode, nothing trainable; everything outside the blocks is loaded.
+        tokenizer: Of the model.
+        weights: Loads and drops its blocks.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: BlockWeights
+
+
+def open_model(
     path_or_id: str,
     *,
     revision: str | None,
@@ -117,8 +134,9 @@ def load_model(
     offline: bool,
     attention: str = "sdpa",
     allow_float16: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model for inference, every parameter from the checkpoint and none trainable.
+    blocks: str | None = None,
+) -> OpenModel:
+    """Open a model for inference, every parameter from the checkpoint and none trainable.
 
     Args:
         path_or_id: A directory, or a hub id ``org/name``.
@@ -129,9 +147,7 @@ def load_model(
         offline: Never use the network.
         attention: ``sdpa`` or ``eager``.
         allow_float16: Accept float16 for a bfloat16 checkpoint, whose range it lacks.
-
-    Returns:
-        The model, in eval mode, and its tokenizer.
+        blocks: Path of the block list, see ``block_list``.
 
     Raises:
         InputError: If anything about the request or the files prevents exactly that.
@@ -141,30 +157,56 @@ def load_model(
         raise InputError(f"model.dtype={dtype} is not one of auto, {', '.join(DTYPES)}")
     source = locate_model(path_or_id, revision=revision, offline=offline)
     config = _read_config(source.directory, attention)
-    stored = stored_dtype(weight_files(source.directory))
+    files = weight_files(source.directory)
+    stored = stored_dtype(files)
     if stored == torch.bfloat16 and dtype == "float16" and not allow_float16:
         raise InputError(
             f"model.dtype=float16 lacks the range of the bfloat16 checkpoint {path_or_id}; "
             "use model.dtype=bfloat16, or insist with model.allow_float16=true"
         )
     tokenizer = _load_tokenizer(source.directory)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.directory,
-        config=config,
-        dtype=stored if dtype == "auto" else DTYPES[dtype],
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        # Only so that a wrong shape is listed in the report, and refused below.
-        ignore_mismatched_sizes=True,
+    model = _build(config, attention, "eager", stored if dtype == "auto" else DTYPES[dtype])
+    weights = BlockWeights.open(model, files, place, blocks)
+    if model.can_generate():
+        _take_generation_settings(model, source.directory)
+    return OpenModel(model, tokenizer, weights)
+
+
+def load_model(
+    path_or_id: str,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    offline: bool,
+    attention: str = "sdpa",
+    allow_float16: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Open a model as `open_model` does, and load all its blocks; for models that fit into memory.
+
+    Args:
+        path_or_id: A directory, or a hub id ``org/name``.
+        revision: Branch, tag or commit on the hub.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        offline: Never use the network.
+        attention: ``sdpa`` or ``eager``.
+        allow_float16: Accept float16 for a bfloat16 checkpoint.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+    """
+    opened = open_model(
+        path_or_id,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        offline=offline,
+        attention=attention,
+        allow_float16=allow_float16,
     )
-    model, report = loaded
-    _check_complete(source.directory, report)
-    model.eval()
-    model.requires_grad_(False)
-    return model.to(place), tokenizer
+    opened.weights.load_all()
+    return opened.model, opened.tokenizer
 
 
 def load_skeleton(
@@ -183,17 +225,31 @@ def load_skeleton(
     """
     source = locate_model(path_or_id, revision=revision, offline=offline, weights=False)
     config = _read_config(source.directory, attention)
+    # Of the ways to run fused experts, the one whose shapes do not depend on the routing.
+    return _build(config, attention, "batched_mm", None)
+
+
+def _build(
+    config: PreTrainedConfig, attention: str, experts: str, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Build a model on the meta device."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config,
             attn_implementation=attention,
-            # Of the ways to run fused experts, the one whose shapes do not depend on the routing.
-            experts_implementation="batched_mm",
+            experts_implementation=experts,
             trust_remote_code=False,
+            **({} if dtype is None else {"dtype": dtype}),
         )
     model.train(False)
     model.requires_grad_(False)
     return model
+
+
+def _take_generation_settings(model: PreTrainedModel, directory: Path) -> None:
+    """Read the settings for generation, which an export passes on."""
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
 def content_hash(directory: str | Path) -> dict[str, str]:
@@ -269,16 +325,3 @@ def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{directory} has no usable tokenizer: {one_line(error)}") from error
-
-
-def _check_complete(directory: Path, report: dict[str, Any]) -> None:
-    """Raise unless the checkpoint and the model have the same weights, in name and shape."""
-    found = {
-        "lacks": sorted(report["missing_keys"]),
-        "has unknown": sorted(report["unexpected_keys"]),
-        "has of another shape": sorted(key for key, *_ in report["mismatched_keys"]),
-    }
-    if faults := [
-        f"{verb} {len(keys)} weights, such as {keys[0]}" for verb, keys in found.items() if keys
-    ]:
-        raise InputError(f"the checkpoint in {directory} does not fit: it {'; it '.join(faults)}")

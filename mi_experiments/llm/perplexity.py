@@ -1,28 +1,31 @@
-"""Perplexity of a causal language model, in memory that depends neither on vocabulary nor text.
+"""Perplexity of a causal language model, in memory that depends neither on vocabulary nor depth.
 
-The logits of a window of 2048 tokens over 128,000 words are a gigabyte in float32. Here the decoder
-runs once for a batch of windows, and the model's own head then reads its output a chunk of tokens
-at a time. The head is not rebuilt from the output embedding, because some architectures scale or
-cap their logits: the model's forward runs for every chunk, with the decoder replaced by its answer.
+The windows go through the model block by block, as calibration does, so that only one block must
+hold its weights. The logits of a window of 2048 tokens over 128,000 words are a gigabyte in
+float32, so the model's own tail (final norm, head) reads the last block's output a chunk of tokens
+at a time. The tail is not rebuilt from the output embedding, because some architectures project,
+scale or cap: the model's forward runs for every chunk, with the blocks replaced by their answer.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.blocks import held
+from mi_experiments.llm.inventory import block_list
+from mi_experiments.llm.replay import Allocate, Form, Stream, answer, context_limit, open_stream
+from mi_experiments.llm.streaming import BlockWeights
 
 PROBE_TOKENS = 8
-"""Positions on which chunked logits are compared with the model's own before measuring."""
+"""Positions on which the tail is tried out before its logits are used."""
 
 PROBE_TOLERANCE = 1e-3
 """Of the largest logit: far above rounding, far below a missing scale or cap."""
@@ -53,7 +56,11 @@ def measure_perplexity(
     *,
     batch_tokens: int,
     logits_chunk: int,
-    on_windows: Callable[[int], None] | None = None,
+    path: str | None = None,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    wave_tokens: int | None = None,
+    on_block: Callable[[], None] | None = None,
 ) -> Perplexity:
     """Measure the perplexity of a model on token windows.
 
@@ -65,11 +72,17 @@ def measure_perplexity(
         windows: token ids, at least two a window.
         batch_tokens: tokens in one forward pass, at least one window.
         logits_chunk: tokens whose logits exist at one time.
-        on_windows: called after each forward pass with the number of windows that it read.
+        path: of the block list, see `block_list`.
+        weights: loads each block when its turn comes; None for a model that holds all its weights.
+        allocate: makes room for hidden states; by default where blocks run.
+        wave_tokens: tokens whose hidden states exist at one time, at least one batch: every wave
+            of windows reads all blocks once. None: all of them, or where the model holds all its
+            weights, one batch.
+        on_block: called after each block of each wave; see `plan_waves`.
 
     Raises:
         InputError: the model's logits cannot be computed in chunks.
-        NumericalError: the likelihood of a window is not finite, or the perplexity overflows.
+        NumericalError: a window leads to values that are not finite, or the perplexity overflows.
         ValueError: no windows, a window of fewer than two tokens, or a model in training mode.
     """
     if not windows or min(map(len, windows)) < 2:
@@ -78,23 +91,100 @@ def measure_perplexity(
         raise ValueError("batch_tokens and logits_chunk are at least 1")
     if model.training:
         raise ValueError("the model is in training mode, where dropout is active: model.eval()")
+    if wave_tokens is None:
+        wave_tokens = batch_tokens if weights is None else sum(map(len, windows))
+    path, modules = block_list(model, path)
+    limit = context_limit(model)
+    chunk = logits_chunk if limit is None else min(logits_chunk, limit)
     sums = [0.0] * len(windows)
-    with torch.inference_mode():
-        probe = windows[0][: min(PROBE_TOKENS, logits_chunk)].to(model.device)
-        _check_chunked_logits(model, probe)
-        for indices in _batches(windows, batch_tokens):
-            batch = torch.stack([windows[i] for i in indices]).to(model.device)
-            totals = measure_token_nll(model, batch, logits_chunk).sum(dim=1).tolist()
-            for i, total in zip(indices, totals, strict=True):
-                if not math.isfinite(total):
-                    raise NumericalError(
-                        f"window {i} of {len(windows)} ({len(windows[i])} tokens): its negative "
-                        f"log-likelihood is {total}; the model's outputs are not finite there"
-                    )
-                sums[i] = total
-            if on_windows is not None:
-                on_windows(len(indices))
+    with torch.no_grad():
+        for wave in plan_waves(windows, batch_tokens, wave_tokens):
+            streams = _open_wave(
+                model, path, modules, windows, wave, batch_tokens, weights, allocate
+            )
+            if wave[0][0] == 0:
+                _check_tail(model, modules, streams[0], min(PROBE_TOKENS, chunk))
+            for index, module in enumerate(modules):
+                with held(weights, index):
+                    for stream in streams:
+                        stream.advance(f"{path}.{index}", module)
+                if on_block is not None:
+                    on_block()
+            for group, stream in zip(wave, streams, strict=True):
+                for i, hidden in zip(group, stream.samples(), strict=True):
+                    window = windows[i].to(hidden.device)
+                    nll = measure_token_nll(model, modules, stream.form, hidden, window, chunk)
+                    sums[i] = nll.sum().item()
+            # Before the next wave makes room for its own.
+            del streams, stream, hidden, window, nll
+    for i, total in enumerate(sums):
+        if not math.isfinite(total):
+            raise NumericalError(
+                f"{_describe(windows, i)}: its negative log-likelihood is {total}; the model's "
+                "logits are not finite there"
+            )
     return summarize(sums, [len(window) - 1 for window in windows])
+
+
+def plan_waves(
+    windows: Sequence[Int64[Tensor, "_"]], batch_tokens: int, wave_tokens: int
+) -> list[list[list[int]]]:
+    """Divide windows into waves, and each wave into groups of equal length.
+
+    Args:
+        windows: token ids.
+        batch_tokens: tokens in one forward pass.
+        wave_tokens: tokens in a wave, at least one batch.
+
+    Returns:
+        Indices of windows, by wave and length; every group but the last of its length is a whole
+        number of batches.
+    """
+    by_length: dict[int, list[int]] = {}
+    for i, window in enumerate(windows):
+        by_length.setdefault(len(window), []).append(i)
+    waves: list[list[list[int]]] = [[]]
+    room = wave_tokens
+    for length, indices in by_length.items():
+        batch = max(1, batch_tokens // length)
+        while indices:
+            fitting = max(0, room) // length
+            count = len(indices) if fitting >= len(indices) else fitting // batch * batch
+            if count == 0 and waves[-1]:
+                waves.append([])
+                room = wave_tokens
+                continue
+            count = count or min(len(indices), batch)
+            waves[-1].append(indices[:count])
+            indices = indices[count:]
+            room -= count * length
+    return waves
+
+
+def _open_wave(
+    model: PreTrainedModel,
+    path: str,
+    modules: nn.ModuleList,
+    windows: Sequence[Int64[Tensor, "_"]],
+    wave: Sequence[Sequence[int]],
+    batch_tokens: int,
+    weights: BlockWeights | None,
+    allocate: Allocate | None,
+) -> list[Stream]:
+    """Open a stream for the windows of each length in a wave."""
+    with held(weights, 0):
+        return [
+            open_stream(
+                model,
+                path,
+                modules,
+                torch.stack([windows[i] for i in group]),
+                max(1, batch_tokens // len(windows[group[0]])),
+                allocate,
+                [_describe(windows, i) for i in group],
+            )
+            for group in wave
+        ]
 
 
 def summarize(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:
@@ -122,23 +212,60 @@ def summarize(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:
 
 
 def measure_token_nll(
-    model: PreTrainedModel, windows: Int64[Tensor, "windows tokens"], logits_chunk: int
-) -> Float64[Tensor, "windows predicted"]:
+    model: PreTrainedModel,
+    modules: nn.ModuleList,
+    form: Form,
+    hidden: Float[Tensor, "tokens hidden"],
+    window: Int64[Tensor, "tokens"],
+    logits_chunk: int,
+) -> Float64[Tensor, "predicted"]:
     """Measure the nats that each token after the first costs given those before it.
 
     Args:
         model: in evaluation mode; the caller decides about gradients.
-        windows: token ids on the device of the model.
+        modules: its blocks.
+        form: what a block returns.
+        hidden: what the last block returned for the window.
+        window: token ids, on the same device.
         logits_chunk: tokens whose logits exist at one time.
     """
-    hidden, head = _decode(model, windows)
-    inputs, targets = hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
-    nll = torch.empty(len(targets), dtype=torch.float64, device=windows.device)
+    inputs, targets = hidden[:-1], window[1:]
+    nll = torch.empty(len(targets), dtype=torch.float64, device=window.device)
     for start in range(0, len(targets), logits_chunk):
         chunk = slice(start, start + logits_chunk)
         # The logits have no name here, so that they are gone before the next ones are computed.
-        nll[chunk] = _cross_entropy(head(inputs[chunk]), targets[chunk])
-    return nll.view(len(windows), -1)
+        nll[chunk] = _cross_entropy(
+            compute_logits(model, modules, form, inputs[chunk]), targets[chunk]
+        )
+    return nll
+
+
+def compute_logits(
+    model: PreTrainedModel,
+    modules: nn.ModuleList,
+    form: Form,
+    hidden: Float[Tensor, "tokens hidden"],
+    before: Float[Tensor, "tokens hidden"] | None = None,
+) -> Float[Tensor, "tokens vocabulary"]:
+    """Let the model make logits of what its last block returned.
+
+    Args:
+        model: whose forward runs, with the blocks replaced by their answer.
+        modules: its blocks.
+        form: what a block returns.
+        hidden: the last block's answer.
+        before: the answer of the other blocks; the same by default.
+    """
+    placeholder = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    earlier = hidden if before is None else before
+    count = itertools.count(1)
+
+    def respond(_: Tensor) -> Tensor:
+        return (hidden if next(count) == len(modules) else earlier)[None]
+
+    with answer(modules, form, respond):
+        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
+    return logits[0]
 
 
 def _cross_entropy(
@@ -149,83 +276,28 @@ def _cross_entropy(
     return cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
-Head = Callable[[Float[Tensor, "tokens hidden"]], Float[Tensor, "tokens vocabulary"]]
+def _check_tail(
+    model: PreTrainedModel, modules: nn.ModuleList, stream: Stream, positions: int
+) -> None:
+    """Require that logits depend on the last block's output at their own position, and only on it.
 
-
-def _decode(
-    model: PreTrainedModel, windows: Int64[Tensor, "windows tokens"]
-) -> tuple[Float[Tensor, "windows tokens hidden"], Head]:
-    """Return the decoder's output, and the rest of the model's forward as a function of it."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
-    outputs: list[ModelOutput] = []
-
-    def keep(module: nn.Module, arguments: tuple[Any, ...], output: object) -> ModelOutput | None:
-        if not isinstance(output, ModelOutput) or "last_hidden_state" not in output:
-            return None
-        outputs.append(output)
-        # This pass is for the decoder alone, so the head gets a single position to work on.
-        return _hidden_only(output, output["last_hidden_state"][:1, :1])
-
-    handle = decoder.register_forward_hook(keep)
-    try:
-        model(input_ids=windows, use_cache=False)
-    finally:
-        handle.remove()
-    if len(outputs) != 1:
-        raise InputError(
-            f"{type(model).__name__}: its logits cannot be computed in chunks, because its forward "
-            f"does not read the hidden states of {type(decoder).__name__} exactly once"
-        )
-    (output,) = outputs
-
-    def head(hidden: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
-        with _answer(decoder, _hidden_only(output, hidden[None])):
-            placeholder = windows.new_zeros(1, len(hidden))
-            logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
-        return logits[0]
-
-    return output["last_hidden_state"], head
-
-
-def _hidden_only(output: ModelOutput, hidden: Tensor) -> ModelOutput:
-    """Return an output of the same class that holds nothing but hidden states."""
-    return type(output)(last_hidden_state=hidden)
-
-
-@contextmanager
-def _answer(module: nn.Module, output: ModelOutput) -> Iterator[None]:
-    """Let a module return a given output instead of running."""
-    # An instance may already carry a forward of its own, as with accelerate's hooks.
-    own = vars(module).get("forward")
-    vars(module)["forward"] = lambda *arguments, **options: output
-    try:
-        yield
-    finally:
-        del vars(module)["forward"]
-        if own is not None:
-            vars(module)["forward"] = own
-
-
-def _check_chunked_logits(model: PreTrainedModel, tokens: Int64[Tensor, "tokens"]) -> None:
-    """Require that decoder and head, one after the other, give the model's own logits."""
-    expected = model(input_ids=tokens[None], use_cache=False).logits[0]
-    hidden, head = _decode(model, tokens[None])
-    chunked = head(hidden[0])
-    tolerance = PROBE_TOLERANCE * expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
+    Raises:
+        InputError: they do not.
+    """
+    probe = next(stream.samples())[:positions]
+    half = len(probe) // 2
+    other = probe.roll(1, -1)
+    whole = compute_logits(model, modules, stream.form, probe)
+    alone = compute_logits(model, modules, stream.form, probe[half:], before=other[half:])
+    tolerance = PROBE_TOLERANCE * whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
     # Values that are not finite are the window's fault, which is reported with its number.
-    if not torch.allclose(chunked, expected, rtol=0.0, atol=tolerance, equal_nan=True):
+    if not torch.allclose(alone, whole[half:], rtol=0.0, atol=tolerance, equal_nan=True):
         raise InputError(
             f"{type(model).__name__}: its logits cannot be computed in chunks, because they are "
-            "not a function of the decoder's output alone"
+            "not a function of the last block's output alone"
         )
 
 
-def _batches(windows: Sequence[Int64[Tensor, "_"]], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of windows of equal length that are read in one forward pass."""
-    by_length: dict[int, list[int]] = {}
-    for i, window in enumerate(windows):
-        by_length.setdefault(len(window), []).append(i)
-    for length, indices in by_length.items():
-        size = max(1, batch_tokens // length)
-        for start in range(0, len(indices), size):
-            yield indices[start : start + size]
+def _describe(windows: Sequence[Int64[Tensor, "_"]], i: int) -> str:
+    """Name a window."""
+    return f"window {i} of {len(windows)} ({len(windows[i])} tokens)"

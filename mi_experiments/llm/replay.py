@@ -6,9 +6,10 @@ so one block's arguments do not serve another. Whatever the replay relies on is 
 recording, and a model for which it does not hold is refused.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
-from mi_experiments.llm.inventory import Inventory
+
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes room for hidden states of a shape and dtype, wherever they are to live."""
 
 
 class Stop(Exception):
@@ -54,25 +57,41 @@ class Call:
 class Stream:
     """The hidden states of all samples between two blocks, held once and overwritten in place.
 
-    A second stream through the same blocks is ``dataclasses.replace(stream, hidden=clone)``.
-
     Attributes:
-        hidden: What block ``position`` reads, in the dtype of the model.
+        hidden: What block ``position`` reads, in the dtype of the model; in `place`.
         batch_size: Samples per forward pass.
         calls: For each batch size that occurs, how the model calls each block.
+        form: What a block returns beside the hidden state.
+        device: Where blocks run.
+        allocate: Makes room for hidden states.
+        names: What messages call the samples.
         position: Index of the block that reads ``hidden``.
     """
 
     hidden: Float[Tensor, "nsamples seqlen hidden"]
     batch_size: int
     calls: dict[int, list[Call]]
+    form: "Form"
+    device: torch.device
+    allocate: Allocate
+    names: Sequence[str]
     position: int = 0
+
+    def fork(self) -> "Stream":
+        """Copy the hidden states, for another model with the same blocks."""
+        hidden = self.allocate(self.hidden.shape, self.hidden.dtype)
+        return replace(self, hidden=hidden.copy_(self.hidden))
 
     def batches(self) -> Iterator[tuple[int, Float[Tensor, "batch seqlen hidden"], Call]]:
         """Yield the first sample, the hidden states and the call of every batch, in order."""
         for start in range(0, len(self.hidden), self.batch_size):
-            hidden = self.hidden[start : start + self.batch_size]
+            hidden = self.hidden[start : start + self.batch_size].to(self.device)
             yield start, hidden, self.calls[len(hidden)][self.position]
+
+    def samples(self) -> Iterator[Float[Tensor, "seqlen hidden"]]:
+        """Yield the hidden states of every sample, in order, where blocks run."""
+        for hidden in self.hidden:
+            yield hidden.to(self.device)
 
     @torch.no_grad()
     def advance(self, name: str, module: nn.Module) -> None:
@@ -84,6 +103,7 @@ class Stream:
 
         Raises:
             InputError: If the output is no hidden state of the same shape and dtype.
+            NumericalError: If a sample is not finite in it.
         """
         for start, hidden, call in self.batches():
             output = call.replay(module, hidden)
@@ -92,30 +112,114 @@ class Stream:
                     f"{name} turns {hidden.dtype} {[*hidden.shape]} into {output.dtype} "
                     f"{[*output.shape]}; only blocks that keep shape and dtype can be chained"
                 )
-            _check_finite(output, f"the output of {name}", start)
-            hidden.copy_(output)
+            _check_finite(output, f"the output of {name}", self.names[start:])
+            self.hidden[start : start + len(output)].copy_(output)
         self.position += 1
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a block returns: a hidden state alone, or first in a tuple.
+
+    Attributes:
+        rest: What follows it in the tuple; None where there is no tuple.
+    """
+
+    rest: tuple[Any, ...] | None
+
+    def wrap(self, hidden: Tensor) -> Any:
+        """Return a hidden state as a block would."""
+        return hidden if self.rest is None else (hidden, *self.rest)
+
+
+@contextmanager
+def answer(
+    modules: nn.ModuleList, form: Form, respond: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Let blocks return what ``respond`` makes of their hidden state, instead of running.
+
+    Blocks then need no weights, while whatever the model does around them is really done.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden, _ = _split_call(args, kwargs)
+        return form.wrap(respond(hidden))
+
+    # An instance may already carry a forward of its own, as with accelerate's hooks.
+    own = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, previous in zip(modules, own, strict=True):
+            del vars(module)["forward"]
+            if previous is not None:
+                vars(module)["forward"] = previous
 
 
 def open_stream(
     model: PreTrainedModel,
-    inventory: Inventory,
+    path: str,
+    modules: nn.ModuleList,
     tokens: Int[Tensor, "nsamples seqlen"],
     batch_size: int,
+    allocate: Allocate | None = None,
+    names: Sequence[str] | None = None,
 ) -> Stream:
     """Compute what the first block reads for all samples, and how the model calls each block.
 
+    Only the first block must hold its weights.
+
     Args:
         model: A causal language model.
-        inventory: Its blocks.
+        path: Path of its blocks, for messages.
+        modules: Its blocks.
         tokens: Token ids.
         batch_size: Samples per forward pass.
+        allocate: Makes room for hidden states; by default where blocks run.
+        names: What messages call the samples; ``sample 0`` and so on by default.
 
     Raises:
         InputError: If a sample is longer or a token larger than the model allows, or an argument of
             a block depends on the tokens: then a block cannot be replayed alone.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    check_tokens(model, tokens)
+    names = names or [f"sample {index}" for index in range(len(tokens))]
+    form = see_form(model, modules, tokens[:1])
+    calls: dict[int, list[Call]] = {}
+    hidden: Tensor | None = None
+    for start in range(0, len(tokens), batch_size):
+        batch = tokens[start : start + batch_size]
+        if len(batch) not in calls:
+            calls[len(batch)] = record_calls(model, path, modules, batch, form)
+            # The same tokens in another order must lead to the same arguments in every block.
+            others = record_calls(model, path, modules, batch.flip(-1), form)
+            _check_replayable(path, calls[len(batch)], others)
+        entering, call = _enter(model, modules, batch)
+        _check_replayable(path, calls[len(batch)][:1], [call])
+        _check_finite(entering, f"the input of {path}.0", names[start:])
+        if hidden is None:
+            allocate = allocate or partial(_allocate_beside, entering)
+            hidden = allocate((len(tokens), *entering.shape[1:]), entering.dtype)
+        hidden[start : start + len(batch)] = entering
+    if hidden is None or allocate is None:
+        raise ValueError("there is no sample")
+    return Stream(hidden, batch_size, calls, form, entering.device, allocate, names)
+
+
+def _allocate_beside(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Make room for hidden states where a tensor is."""
+    return tensor.new_empty(*shape, dtype=dtype)
+
+
+def check_tokens(model: PreTrainedModel, tokens: Int[Tensor, "nsamples seqlen"]) -> None:
+    """Raise if a sample is longer, or a token id larger, than the model allows.
+
+    Raises:
+        InputError: If so.
+    """
+    limit = context_limit(model)
     if limit is not None and tokens.shape[1] > limit:
         raise InputError(f"dataset.seqlen={tokens.shape[1]} exceeds the {limit} of the model")
     embedding: Any = model.get_input_embeddings()
@@ -125,36 +229,47 @@ def open_stream(
             f"token {int(tokens.max())} is beyond the {vocabulary} embeddings of the model; "
             "are the tokens from another tokenizer?"
         )
-    calls: dict[int, list[Call]] = {}
-    hidden: Tensor | None = None
-    for start in range(0, len(tokens), batch_size):
-        batch = tokens[start : start + batch_size]
-        if len(batch) not in calls:
-            calls[len(batch)] = record_calls(model, inventory, batch)
-            # The same tokens in another order must lead to the same arguments in every block.
-            others = record_calls(model, inventory, batch.flip(-1))
-            _check_replayable(inventory.path, calls[len(batch)], others)
-        entering, call = _enter(model, inventory, batch)
-        _check_replayable(inventory.path, calls[len(batch)][:1], [call])
-        _check_finite(entering, f"the input of {inventory.path}.0", start)
-        if hidden is None:
-            hidden = entering.new_empty(len(tokens), *entering.shape[1:])
-        hidden[start : start + len(batch)] = entering
-    if hidden is None:
-        raise ValueError("there is no sample")
-    return Stream(hidden, batch_size, calls)
+
+
+def context_limit(model: PreTrainedModel) -> int | None:
+    """Return the most tokens that a model reads, if its config says so."""
+    config = model.config.get_text_config(decoder=True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    return limit
+
+
+@torch.no_grad()
+def see_form(
+    model: PreTrainedModel, modules: nn.ModuleList, tokens: Int[Tensor, "batch seqlen"]
+) -> Form:
+    """Run the model through its first block, and see what a block returns."""
+    seen: list[Form] = []
+
+    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen.append(Form(None if isinstance(output, Tensor) else tuple(output[1:])))
+        raise Stop
+
+    with hooks([modules[0].register_forward_hook(after)]), suppress(Stop):
+        model.base_model(input_ids=tokens.to(model.device), use_cache=False)
+    return seen[0]
 
 
 @torch.no_grad()
 def record_calls(
-    model: PreTrainedModel, inventory: Inventory, tokens: Int[Tensor, "batch seqlen"]
+    model: PreTrainedModel,
+    path: str,
+    modules: nn.ModuleList,
+    tokens: Int[Tensor, "batch seqlen"],
+    form: Form,
 ) -> list[Call]:
-    """Run the model once and record the arguments of every block.
+    """Run the model once, without running its blocks, and record the arguments of every block.
 
     Args:
         model: A causal language model.
-        inventory: Its blocks.
+        path: Path of its blocks, for messages.
+        modules: Its blocks.
         tokens: Token ids of one batch; the arguments belong to its shape.
+        form: What a block returns.
 
     Returns:
         One call per block.
@@ -163,36 +278,37 @@ def record_calls(
         InputError: If the blocks do not form a chain: each called once, in order, and reading
             exactly what the one before it returned.
     """
-    order = {block: index for index, block in enumerate(inventory.modules)}
+    order = {block: index for index, block in enumerate(modules)}
     calls: list[Call] = []
     previous: list[Tensor] = []
 
     def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, call = _split_call(args, kwargs)
         if order[block] != len(calls):
-            raise InputError(f"{inventory.path}.{order[block]} is called twice or out of order")
-        if previous and not _same(hidden, previous.pop()):
+            raise InputError(f"{path}.{order[block]} is called twice or out of order")
+        if previous and not _same(hidden, previous[-1]):
             raise InputError(
-                f"{inventory.path}.{order[block]} does not read what the block before it returned"
+                f"{path}.{order[block]} does not read what the block before it returned"
             )
         calls.append(call)
 
-    def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        previous.append(_hidden_state(output))
+    def respond(hidden: Tensor) -> Tensor:
+        # Something else every time, so that a block that reads another one's answer is found out.
+        previous[:] = [hidden.roll(1, -1)]
+        return previous[0]
 
-    handles = [b.register_forward_pre_hook(before, with_kwargs=True) for b in inventory.modules]
-    handles += [block.register_forward_hook(after) for block in inventory.modules]
-    with hooks(handles):
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in modules]
+    with hooks(handles), answer(modules, form, respond):
         # Without the head, whose logits would be the largest tensor of the whole run.
         model.base_model(input_ids=tokens.to(model.device), use_cache=False)
-    if len(calls) != len(inventory.modules):
-        raise InputError(f"{inventory.path}.{len(calls)} is not called by {type(model).__name__}")
+    if len(calls) != len(modules):
+        raise InputError(f"{path}.{len(calls)} is not called by {type(model).__name__}")
     return calls
 
 
 @torch.no_grad()
 def _enter(
-    model: PreTrainedModel, inventory: Inventory, tokens: Int[Tensor, "batch seqlen"]
+    model: PreTrainedModel, modules: nn.ModuleList, tokens: Int[Tensor, "batch seqlen"]
 ) -> tuple[Float[Tensor, "batch seqlen hidden"], Call]:
     """Run the model up to its first block."""
     entered: list[tuple[Tensor, Call]] = []
@@ -201,7 +317,7 @@ def _enter(
         entered.append(_split_call(args, kwargs))
         raise Stop
 
-    handle = inventory.modules[0].register_forward_pre_hook(before, with_kwargs=True)
+    handle = modules[0].register_forward_pre_hook(before, with_kwargs=True)
     with hooks([handle]), suppress(Stop):
         model.base_model(input_ids=tokens.to(model.device), use_cache=False)
     return entered[0]
@@ -258,14 +374,16 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or bool(a == b)
 
 
-def _check_finite(hidden: Float[Tensor, "batch seqlen hidden"], what: str, start: int) -> None:
+def _check_finite(
+    hidden: Float[Tensor, "batch seqlen hidden"], what: str, names: Sequence[str]
+) -> None:
     """Raise if a sample has a NaN or an infinity."""
     if hidden.is_meta:
         return
     bad = ~hidden.isfinite().flatten(1).all(1)
     if bad.any():
-        sample = start + int(bad.to(torch.uint8).argmax())
+        first = int(bad.to(torch.uint8).argmax())
         raise NumericalError(
-            f"sample {sample} is not finite in {what} ({hidden.dtype}, "
+            f"{names[first]} is not finite in {what} ({hidden.dtype}, "
             f"{int(bad.sum())} bad samples in this batch); try model.dtype=float32"
         )

@@ -7,7 +7,8 @@ block and its dense copy on the same samples side by side.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -50,13 +51,15 @@ class Twins:
     Attributes:
         block: with its present weights, reading what the compressed model gives it.
         dense: a copy with the dense weights, reading what the dense model gives it.
-        writers: for each linear whose output is added to the residual stream, the linears that
-            add to it later in the same block.
     """
 
     block: Block
     dense: Block
-    writers: dict[str, tuple[str, ...]]
+
+    @cached_property
+    def writers(self) -> dict[str, tuple[str, ...]]:
+        """For each linear that writes to the residual stream, those that do so after it."""
+        return find_writers(self.dense)
 
     @classmethod
     def open(cls, block: Block, stream: Stream | None) -> "Twins":
@@ -68,9 +71,8 @@ class Twins:
                 where both models read the same.
         """
         if stream is None:
-            stream = replace(block.stream, hidden=block.stream.hidden.clone())
-        dense = block.copy(stream)
-        return cls(block, dense, find_writers(dense))
+            stream = block.stream.fork()
+        return cls(block, block.copy(stream))
 
     def observe(self, site: Site) -> Iterator[Observation]:
         """Run both models on the same samples up to a site, a batch at a time.

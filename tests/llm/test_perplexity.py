@@ -21,7 +21,13 @@ from transformers import (
 )
 
 from mi_experiments.errors import InputError, NumericalError
-from mi_experiments.llm.perplexity import measure_perplexity, measure_token_nll, summarize
+from mi_experiments.llm.perplexity import (
+    measure_perplexity,
+    measure_token_nll,
+    plan_waves,
+    summarize,
+)
+from mi_experiments.llm.replay import Form
 
 TOLERANCE = 1e-12  # relative, in float64: chunks and batches change only the order of sums
 VOCABULARY = 61
@@ -94,12 +100,45 @@ def test_equals_full_logits_on_every_kind_of_head(name: str) -> None:
 
 def test_token_nll_is_per_token_and_in_order() -> None:
     model = build_model()
-    windows = torch.stack(random_windows(11, 11, 11))
-    with torch.inference_mode():
-        nll = measure_token_nll(model, windows, logits_chunk=7)
+    (window,) = random_windows(11)
+    blocks = model.model.layers
+    with torch.no_grad():
+        before_norm: list[Tensor] = []
+        blocks[-1].register_forward_hook(lambda module, args, output: before_norm.append(output))
+        model.model(input_ids=window[None])
+        nll = measure_token_nll(model, blocks, Form(None), before_norm[0][0], window, 7)
     assert nll.dtype == torch.float64
-    by_hand = torch.stack([nll_by_hand(model, window) for window in windows])
-    torch.testing.assert_close(nll, by_hand, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(nll, nll_by_hand(model, window), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("wave", "expected"),
+    [
+        (1, [[[0, 2]], [[3]], [[1]]]),
+        (20, [[[0, 2]], [[3]], [[1]]]),
+        (37, [[[0, 2, 3]], [[1]]]),
+        (47, [[[0, 2, 3], [1]]]),
+    ],
+)
+def test_waves_hold_whole_batches_and_at_most_their_tokens(
+    wave: int, expected: list[list[list[int]]]
+) -> None:
+    windows = random_windows(10, 17, 10, 10)
+    assert plan_waves(windows, batch_tokens=20, wave_tokens=wave) == expected
+
+
+def test_a_wave_of_all_tokens_holds_all_windows() -> None:
+    windows = random_windows(*range(3, 60))
+    (wave,) = plan_waves(windows, batch_tokens=4096, wave_tokens=sum(map(len, windows)))
+    assert sorted(i for group in wave for i in group) == list(range(57))
+
+
+@pytest.mark.parametrize("wave", [1, 30, 10**6])
+def test_waves_do_not_matter(wave: int) -> None:
+    model, windows = build_model(), random_windows(10, 17, 10, 10)
+    expected = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=10)
+    result = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=10, wave_tokens=wave)
+    assert result == expected
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 20, 10**6])
@@ -159,7 +198,7 @@ def test_logits_never_exist_for_more_than_a_chunk(logits_chunk: int) -> None:
     model.lm_head.register_forward_hook(note)
     windows = random_windows(40, 40, 40)
     measure_perplexity(model, windows, batch_tokens=120, logits_chunk=logits_chunk)
-    assert max(rows for rows, _ in made) == logits_chunk
+    assert max(rows for rows, _ in made) == min(logits_chunk, 39)
     assert sum(rows for rows, _ in made) >= 117
 
 
@@ -173,8 +212,9 @@ class PeakBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
+        given = {t.untyped_storage()._cdata for t in arguments if isinstance(t, Tensor)}
         for tensor in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
                 storage = tensor.untyped_storage()
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {k: (ref, n) for k, (ref, n) in self.alive.items() if not ref.expired()}
@@ -227,16 +267,17 @@ def test_a_forward_of_its_own_is_put_back() -> None:
     assert vars(model.model)["forward"] is own
 
 
-def test_progress_is_told_every_window_once() -> None:
-    told: list[int] = []
+def test_progress_is_told_every_block_of_every_wave() -> None:
+    model, windows, told = build_model(), random_windows(8, 9, 8, 8), []
     measure_perplexity(
-        build_model(),
-        random_windows(8, 9, 8, 8),
+        model,
+        windows,
         batch_tokens=16,
         logits_chunk=64,
-        on_windows=told.append,
+        wave_tokens=16,
+        on_block=lambda: told.append(1),
     )
-    assert told == [2, 1, 1]
+    assert len(told) == 2 * len(plan_waves(windows, 16, 16)) == 6
 
 
 def test_a_window_that_is_not_finite_is_named() -> None:
@@ -245,7 +286,7 @@ def test_a_window_that_is_not_finite_is_named() -> None:
     windows[1][3] = VOCABULARY - 1
     with torch.no_grad():
         model.model.embed_tokens.weight[VOCABULARY - 1] = math.nan
-    with pytest.raises(NumericalError, match=r"window 1 of 3 \(8 tokens\).*nan"):
+    with pytest.raises(NumericalError, match=r"window 1 of 3 \(8 tokens\) is not finite"):
         measure_perplexity(model, windows, batch_tokens=64, logits_chunk=64)
     with pytest.raises(NumericalError, match="window 0 of 1"):
         measure_perplexity(model, windows[1:2], batch_tokens=64, logits_chunk=64)
@@ -271,14 +312,29 @@ class Residual(nn.Module):
 def test_logits_that_are_not_a_function_of_the_decoder_are_an_error() -> None:
     model = build_model()
     model.lm_head = Residual(model.lm_head)
-    with pytest.raises(InputError, match=r"LlamaForCausalLM.*not a function of the decoder's"):
+    with pytest.raises(InputError, match=r"LlamaForCausalLM.*not a function of the last"):
         measure_perplexity(model, random_windows(8), batch_tokens=8, logits_chunk=8)
 
 
-def test_a_model_that_goes_around_its_decoder_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_model("opt")
-    monkeypatch.setattr(type(model), "get_decoder", lambda self: self.model)
-    with pytest.raises(InputError, match=r"OPTForCausalLM.*hidden states of OPTModel"):
+class Shortcut(nn.Module):
+    """A norm that adds what the first block returned."""
+
+    def __init__(self, norm: nn.Module, block: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.first = norm, None
+        block.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        self.first = output
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden + self.first)
+
+
+def test_a_model_that_reads_earlier_blocks_is_an_error() -> None:
+    model = build_model()
+    model.model.norm = Shortcut(model.model.norm, model.model.layers[0])
+    with pytest.raises(InputError, match=r"LlamaForCausalLM.*last block's output alone"):
         measure_perplexity(model, random_windows(8), batch_tokens=8, logits_chunk=8)
 
 

@@ -1,0 +1,188 @@
+"""What is known of a site before the budget is spent: its groups, and what each width would cost.
+
+Each site's Hessian is measured once for all linears that read it, its channels are grouped, and
+every group is priced at every width. Drafts of finished blocks are committed, so that a killed run
+does not measure them again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.sites import Site
+from mi_experiments.method.grid import fit_grid, scale_groups
+from mi_experiments.method.grouping import group_channels
+from mi_experiments.method.hessian import Factor, Hessian, factorize
+from mi_experiments.method.information import (
+    InformationSummary,
+    measure_information,
+    noise_floor,
+    summarize,
+)
+from mi_experiments.method.pruning import Sparsity, choose_pruned
+
+
+@dataclass(frozen=True)
+class GroupCosts:
+    """Price list of one linear: the cost of each group at each width, and its number of weights."""
+
+    costs: Float[Tensor, "groups widths"]
+    sizes: Int[Tensor, "groups"]
+
+
+@dataclass(frozen=True)
+class DraftLinear:
+    """A linear whose groups are known and whose widths are still to be chosen."""
+
+    name: str
+    block: int
+    site: str
+    rows: int
+    channel_group: Int[Tensor, "columns"]
+    prices: GroupCosts | None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The drafts of one block.
+
+    Attributes:
+        linears: in execution order.
+        information: by site, where it was measured.
+    """
+
+    linears: list[DraftLinear]
+    information: dict[str, InformationSummary]
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return tensors and metadata that hold everything."""
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for index, linear in enumerate(self.linears):
+            tensors[f"{index}.channel_group"] = linear.channel_group.clone()
+            if linear.prices is not None:
+                tensors[f"{index}.costs"] = linear.prices.costs
+                tensors[f"{index}.sizes"] = linear.prices.sizes
+            rows.append([linear.name, linear.block, linear.site, linear.rows])
+        information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
+        return tensors, {"linears": json.dumps(rows), "information": json.dumps(information)}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Draft":
+        """Return what `stored` gave."""
+        linears = []
+        for index, (name, block, site, rows) in enumerate(json.loads(metadata["linears"])):
+            prices = None
+            if f"{index}.costs" in tensors:
+                prices = GroupCosts(tensors[f"{index}.costs"], tensors[f"{index}.sizes"])
+            group = tensors[f"{index}.channel_group"]
+            linears.append(DraftLinear(name, block, site, rows, group, prices))
+        information = json.loads(metadata["information"])
+        return cls(linears, {s: InformationSummary(**item) for s, item in information.items()})
+
+
+def draft_site(
+    block: Block,
+    site: Site,
+    hessian: Hessian | None,
+    fisher: Mapping[str, Float[Tensor, "_"]],
+    config: Config,
+) -> tuple[list[DraftLinear], InformationSummary | None]:
+    """Group a site's channels and price every group of its linears at every width."""
+    groups = config.n_groups
+    factor = matrix = summary = None
+    if hessian is not None:
+        factor = factorize(hessian, damping=config.recipe.damping)
+        matrix = measure_information(hessian, groups.estimator)
+        generator = torch.Generator().manual_seed(groups.seed)
+        noise = noise_floor(hessian.sample, groups.estimator, generator)
+        summary = summarize(matrix, noise, factor, groups.estimator)
+    channel_group = group_channels(
+        groups.grouping,
+        groups.count,
+        site.columns,
+        hessian=hessian,
+        factor=factor,
+        information=matrix,
+        weights_energy=sum_energy(site) if hessian is not None else None,
+        seed=groups.seed,
+        multiple=groups.multiple,
+    )
+    name = f"{block.name}.{site.name}"
+    mixed = config.wbits.allocation is Allocation.mixed
+    drafts = []
+    for linear in site.linears:
+        prices = None
+        if mixed and hessian is not None and factor is not None:
+            weight = linear.read_weight()
+            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
+            prices = price_groups(weight, loss, channel_group, hessian, factor, config)
+        drafts.append(
+            DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)
+        )
+    return drafts, summary
+
+
+def sum_energy(site: Site) -> Float[Tensor, "columns"]:
+    """Return ‖W_j‖² of each channel, summed over the site's linears."""
+    return torch.stack([linear.read_weight().square().sum(0) for linear in site.linears]).sum(0)
+
+
+def price_groups(
+    weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"],
+    channel_group: Int[Tensor, "columns"],
+    hessian: Hessian,
+    factor: Factor,
+    config: Config,
+) -> GroupCosts:
+    """Price each group at each width by the output error that its grids, really fitted, would make.
+
+    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
+    rows i that survive pruning: the error that remains after the other channels have compensated
+    (GPTQ, arXiv:2210.17323, equation 2). `loss` f_i is 1, or with `cost=fisher` the Fisher
+    information of the model's loss about output i.
+    """
+    saliency = 1 / factor.inverse_diagonal()
+    sparsity = sparsity_of(config)
+    pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
+    groups = int(channel_group.max()) + 1
+    wbits = config.wbits
+    scale_group = scale_groups(channel_group, wbits.group_size)
+    columns = []
+    for width in wbits.candidate_widths():
+        bits = torch.full_like(channel_group, width, dtype=torch.uint8)
+        error = torch.zeros_like(weight)
+        if width < UNQUANTIZED:
+            grid = fit_grid(
+                weight,
+                bits,
+                scale_group,
+                symmetric=wbits.symmetric,
+                clip_search=wbits.clip_search,
+                pruned=pruned,
+            )
+            error = grid.quantize(weight) - weight
+        if pruned is not None:
+            error = error.masked_fill(pruned, 0)
+        per_channel = (loss @ error.square()).double() * saliency
+        columns.append(
+            per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
+        )
+    costs = torch.stack(columns, dim=1)
+    if wbits.cost is Cost.relative:
+        costs = costs / (weight @ hessian.matrix * weight).sum().double().clamp(min=1e-30)
+    sizes = torch.bincount(channel_group.long(), minlength=groups) * weight.shape[0]
+    return GroupCosts(costs.cpu(), sizes.cpu())
+
+
+def sparsity_of(config: Config) -> Sparsity:
+    """Return the sparsity that every linear gets."""
+    return Sparsity(config.sparsity.ratio, config.sparsity.n, config.sparsity.m)

@@ -1,0 +1,72 @@
+"""Keep the result so far on disk, so that nothing computed is ever lost."""
+
+import logging
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mi_experiments.composing import to_plain
+from mi_experiments.config import Config
+from mi_experiments.record import LinearReport, Result, read_result, write_linears, write_result
+from mi_experiments.scrubbing import scrub
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """The result so far, on disk after every phase, so that nothing computed is ever lost."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.linears: list[LinearReport] = []
+        self.result = Result(
+            status="running",
+            error=None,
+            config=scrub(to_plain(config)),
+            provenance=None,
+            dense={},
+            compressed={},
+            bits=None,
+            sparsity=None,
+            weights=None,
+            coverage=None,
+            memory={},
+            seconds={},
+            resumed=0,
+        )
+        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            # Of an earlier process only its time counts: all else is committed, or done again.
+            earlier = read_result(run_dir)
+            self.result = replace(self.result, seconds=earlier.seconds, resumed=earlier.resumed + 1)
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the result and write it."""
+        self.result = replace(self.result, **changes, memory=peak_memory())
+        write_result(self.result, self.run_dir)
+        if self.linears:
+            write_linears(self.linears, self.run_dir)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase and record it."""
+        log.info("%s", name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started + self.result.seconds.get(name, 0.0)
+            self.update(seconds=self.result.seconds | {name: elapsed})
+
+
+def peak_memory() -> dict[str, int]:
+    """Return peak bytes: of the process, and of the accelerator where there is one."""
+    memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        memory["accelerator"] = torch.cuda.max_memory_allocated()
+    return memory

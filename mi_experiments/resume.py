@@ -1,0 +1,224 @@
+"""What a run has finished, so that a killed run continues where it was.
+
+A commit is one or more files that count all at once: each appears whole (`atomic.place`), and only
+then are they named in `manifest.json`, with their SHA-256. The manifest also holds the fingerprint
+of everything that the numbers depend on; a run directory with another one is refused.
+"""
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from mi_experiments.atomic import file_hash, save_atomically, write_atomically
+from mi_experiments.errors import InputError, ResumableError
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+Content = bytes | tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""Of a file: bytes, or tensors and metadata of a safetensors file."""
+
+
+class Commits:
+    """The finished parts of one run.
+
+    Args:
+        run_dir: of the run; held by this process alone.
+        fingerprint: everything that the numbers depend on, as JSON-ready values.
+
+    Raises:
+        InputError: the directory was begun with another fingerprint, or its manifest is damaged.
+    """
+
+    def __init__(self, run_dir: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.run_dir = run_dir
+        self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        self.files: dict[str, dict[str, Any]] = {}
+        begun = read_manifest(run_dir)
+        if begun is None:
+            self._write_manifest()
+            return
+        known = begun["fingerprint"]
+        self._refuse({key: known.get(key) for key in self.fingerprint}, self.fingerprint)
+        self.fingerprint = known
+        self.files = begun["files"]
+
+    def bind(self, key: str, value: Any) -> None:
+        """Add what is known only now to the fingerprint.
+
+        Raises:
+            InputError: the run was begun with another value.
+        """
+        if key in self.fingerprint:
+            self._refuse({key: self.fingerprint[key]}, {key: value})
+        else:
+            self.fingerprint[key] = value
+            self._write_manifest()
+
+    def commit(self, files: Mapping[str, Content]) -> None:
+        """Let files appear, and count, all at once.
+
+        Args:
+            files: by path below the run directory.
+
+        Raises:
+            ResumableError: the disk is full; earlier commits are as they were.
+        """
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                write_atomically(self.run_dir / name, content)
+            else:
+                save_atomically(self.run_dir / name, *content)
+        self.adopt(*files)
+
+    def adopt(self, *names: str) -> None:
+        """Let files that are already there count."""
+        for name in names:
+            path = self.run_dir / name
+            self.files[name] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
+        self._write_manifest()
+
+    def find(self, name: str) -> Path | None:
+        """Return a committed file after checking its content, or None if there is none.
+
+        A file whose content is not what was committed is set aside under another name and no longer
+        counts, so that its part of the run is computed again.
+        """
+        entry = self.files.get(name)
+        if entry is None:
+            return None
+        path = self.run_dir / name
+        if path.is_file() and file_hash(path) == entry["sha256"]:
+            return path
+        if path.is_file():
+            path.rename(path.with_name(f"{path.name}.damaged"))
+            log.warning("%s is damaged: set aside as %s.damaged, computed again", path, path.name)
+        else:
+            log.warning("%s has gone: computed again", path)
+        del self.files[name]
+        self._write_manifest()
+        return None
+
+    def find_all(self, *names: str) -> list[Path] | None:
+        """Return several files that were committed together, or None if one does not count."""
+        paths = [self.find(name) for name in names]
+        return None if None in paths else [path for path in paths if path is not None]
+
+    def read_json(self, name: str) -> Any | None:
+        """Return the content of a committed JSON file, or None if there is none."""
+        path = self.find(name)
+        return None if path is None else json.loads(path.read_text())
+
+    def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """Return tensors and metadata of a committed safetensors file, or None if there is none."""
+        path = self.find(name)
+        if path is None:
+            return None
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+
+    def discard(self, *folders: str) -> None:
+        """Forget and remove folders that served only to continue the run."""
+        self.files = {
+            name: entry for name, entry in self.files.items() if name.split("/")[0] not in folders
+        }
+        self._write_manifest()
+        for folder in folders:
+            for path in sorted((self.run_dir / folder).rglob("*"), reverse=True):
+                path.rmdir() if path.is_dir() else path.unlink()
+            if (self.run_dir / folder).is_dir():
+                (self.run_dir / folder).rmdir()
+
+    def _write_manifest(self) -> None:
+        content = {"fingerprint": self.fingerprint, "files": dict(sorted(self.files.items()))}
+        write_atomically(self.run_dir / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+    def _refuse(self, begun: Any, now: Any) -> None:
+        if changes := list(differences(begun, now)):
+            shown = "; ".join(changes[:5]) + ("; …" if len(changes) > 5 else "")
+            raise InputError(
+                f"{self.run_dir} was begun with something else: {shown}. Choose another directory "
+                "(hydra.run.dir=DIR), or remove this one"
+            )
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any] | None:
+    """Return the manifest of a run directory, or None if it has none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = run_dir / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        content["fingerprint"].keys()
+        content["files"].keys()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it to begin again") from error
+    return content
+
+
+def differences(begun: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Yield what differs between two JSON-ready values: `wbits.average: 4.0 → 3.0`."""
+    if isinstance(begun, dict) and isinstance(now, dict):
+        for key in sorted(begun.keys() | now.keys()):
+            yield from differences(begun.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif begun != now:
+        yield f"{path}: {shorten(begun)} → {shorten(now)}"
+
+
+def shorten(value: Any) -> str:
+    """Show a value in a line; of a hash, the first characters."""
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+class StopRequest:
+    """A wish to stop, from a scheduler or a person, granted when a block is finished."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextmanager
+    def listen(self) -> Iterator[None]:
+        """Take SIGTERM and SIGUSR1, which schedulers send, as that; a second one ends all."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.received = signal.Signals(number).name
+            signal.signal(number, previous[number])
+
+        previous: dict[int, Any] = {}
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            previous[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Stop here if that was asked for.
+
+        Raises:
+            ResumableError: it was.
+        """
+        if self.received is not None:
+            raise ResumableError(
+                f"stopped by {self.received}: give the same command again to continue"
+            )

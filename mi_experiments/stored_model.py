@@ -1,0 +1,132 @@
+"""The compressed model of a run, on disk from its first finished block on.
+
+`model/` fills with the compressed blocks in the format of the checkpoint, one file a block, as they
+are finished; the compressed model is evaluated from these files, and an export is the same files
+with the rest of the model beside them. What is stored is what is evaluated.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mi_experiments.config import Config, Export
+from mi_experiments.errors import AuditError
+from mi_experiments.llm.export import grid_tensors, write_settings
+from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.packed import pack_linears
+from mi_experiments.pipeline import CompressedBlock
+from mi_experiments.record import LinearReport
+from mi_experiments.resume import Commits, Content
+
+MODEL = "model"
+GRIDS = "grids"
+PACKED = "packed"
+REPORTS = "reports"
+
+
+@dataclass(frozen=True, eq=False)
+class StoredModel:
+    """The compressed blocks of a run.
+
+    Attributes:
+        weights: read finished blocks from `model/`, all others from the original checkpoint.
+        commits: of the run.
+        config: of the run.
+    """
+
+    weights: BlockWeights
+    commits: Commits
+    config: Config
+
+    def restore(self, block: int) -> bool:
+        """Put a block that was finished earlier into the model; answer whether there was one."""
+        found = self.commits.find_all(*self._names(block))
+        if found is None:
+            return False
+        self.weights.redirect(block, found[0])
+        self.weights.load(block)
+        return True
+
+    def store(self, block: CompressedBlock) -> None:
+        """Write a block that the model holds, and let the model go on with what was written.
+
+        Raises:
+            AuditError: what is read back is not what was written.
+            ResumableError: the disk is full.
+        """
+        names = self._names(block.index)
+        tensors = self.weights.stored(block.index)
+        linears = [asdict(linear.report) for linear in block.linears]
+        files: dict[str, Content] = {
+            names[0]: (tensors, {"format": "pt"}),
+            names[1]: (json.dumps(linears, indent=1) + "\n").encode(),
+        }
+        changed = [linear for linear in block.linears if linear.report.status != "untouched"]
+        if self.config.export is Export.dense:
+            grids = {linear.report.name: linear.grids for linear in changed}
+            files[names[2]] = grid_tensors(grids), {}
+        if self.config.export is Export.packed:
+            files[names[2]] = pack_linears(changed, symmetric=self.config.wbits.symmetric)
+        self.commits.commit(files)
+        self._read_back(block.index, names[0])
+
+    def reports(self, block: int) -> list[LinearReport]:
+        """Return the reports of a finished block."""
+        rows = self.commits.read_json(self._names(block)[1]) or []
+        return [LinearReport.from_json(row) for row in rows]
+
+    def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
+
+        Raises:
+            ResumableError: the disk is full.
+        """
+        count = len(self.weights.blocks)
+        rest = self._file(0)
+        self.commits.commit({rest: (self.weights.stored_rest(), {"format": "pt"})})
+        places: dict[str, str] = {}
+        total = 0
+        for index in range(count + 1):
+            name = self._file(index)
+            tensors, _ = self.commits.read_tensors(name) or ({}, {})
+            places |= dict.fromkeys(tensors, Path(name).name)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        write_settings(self.weights.model, tokenizer, self.commits.run_dir / MODEL)
+        self.commits.commit({
+            f"{MODEL}/model.safetensors.index.json": (
+                json.dumps(index_file, indent=2) + "\n"
+            ).encode()
+        })
+
+    def _names(self, block: int) -> list[str]:
+        """Return the files of a block: weights, reports, and what the export asks for."""
+        names = [self._file(block + 1), f"{REPORTS}/{block:05}.json"]
+        folder = {Export.dense: GRIDS, Export.packed: PACKED}.get(self.config.export)
+        return names if folder is None else [*names, f"{folder}/{block:05}.safetensors"]
+
+    def _file(self, number: int) -> str:
+        """Return a file of the model: 0 is what lies outside the blocks."""
+        return f"{MODEL}/model-{number + 1:05}-of-{len(self.weights.blocks) + 1:05}.safetensors"
+
+    def _read_back(self, block: int, name: str) -> None:
+        """Take a block's weights from what was written, and require that not a bit differs."""
+        module = self.weights.blocks[block]
+        before = dict(module.state_dict())
+        self.weights.redirect(block, self.commits.run_dir / name)
+        self.weights.load(block)
+        for key, tensor in module.state_dict().items():
+            if not same_bits(tensor, before[key]):
+                raise AuditError(f"{name}: {key} on disk differs from what was compressed")
+
+
+def same_bits(tensor: Tensor, other: Tensor) -> bool:
+    """Compare dtype, shape and every bit, so that NaN equals itself and 0.0 is not -0.0."""
+    if tensor.dtype != other.dtype or tensor.shape != other.shape:
+        return False
+    flat, other_flat = (t.detach().flatten().view(torch.uint8) for t in (tensor, other))
+    return torch.equal(flat, other_flat)
