@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost
-from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.grouping import group_channels
 from mi_experiments.method.hessian import Factor, Hessian, factorize

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from mi_experiments.config import Allocation, Config, Dtype
 from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.llm.blocks import Block, Site, describe_blocks
+from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.loading import load_skeleton
+from mi_experiments.llm.sites import Site
 from mi_experiments.method.grouping import group_sizes
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import check_count, needs_activations, sparsity_of
@@ -21,7 +22,7 @@ class SiteOutline:
 
     Attributes:
         blocks: number of blocks that have this site with this shape.
-        name: the linears that read one input.
+        name: the linears that read one input; with a star, those of every expert.
         shapes: rows × columns of each linear.
         group_sizes: channels in each group.
         effective_bits: everything stored, per weight, if the budget is met exactly.
@@ -77,7 +78,7 @@ def dry_run(config: Config) -> Outline:
     kinds: dict[object, list[tuple[Block, Site]]] = {}
     for block, site in sites:
         check_count(site.columns, f"{block.name}.{site.name}", config.n_groups)
-        kinds.setdefault((site.name, shapes(site)), []).append((block, site))
+        kinds.setdefault((site.family, shapes(site)), []).append((block, site))
     text = model.config.get_text_config()
     stored = next(model.parameters()).element_size()
     item = {Dtype.auto: stored, Dtype.float32: 4}.get(config.model.dtype, 2)
@@ -90,7 +91,7 @@ def dry_run(config: Config) -> Outline:
         "widest Hessian, factor and information": 4 * widest * widest * FLOAT32,
         "logits in evaluation": config.evaluation.logits_chunk * text.vocab_size * FLOAT32,
     }
-    measured = len(blocks[0].sites) if config.recipe.true_sequential else 1
+    measured = blocks[-1].sites[-1].stage + 1 if config.recipe.true_sequential else 1
     passes = len(blocks) * (2 * needs_activations(config) + streams * (measured + 1))
     return Outline(
         sites=tuple(outline(members, config) for members in kinds.values()),
@@ -112,8 +113,8 @@ def outline(members: list[tuple[Block, Site]], config: Config) -> SiteOutline:
     effective = expected_effective_bits(site, sizes, config)
     weights = sum(rows * columns for rows, columns in shapes(site))
     return SiteOutline(
-        blocks=len(members),
-        name=site.name,
+        blocks=len({block.index for block, _ in members}),
+        name=site.family,
         shapes=shapes(site),
         group_sizes=tuple(sizes),
         effective_bits=effective,

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from mi_experiments.config import Allocation, Config, Cost
 from mi_experiments.errors import MiError
-from mi_experiments.llm.blocks import Block, Site, held
+from mi_experiments.llm.blocks import Block, held
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator

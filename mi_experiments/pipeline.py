@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import UNQUANTIZED, Config, GridFit, Scope
-from mi_experiments.llm.blocks import Block, Site, walk_blocks
+from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.replay import Allocate, Stream
+from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.measure import measure_hessians, measure_twins, site_context
@@ -145,16 +147,21 @@ def corrects_targets(config: Config) -> bool:
 def measure_sites(
     block: Block, twins: Twins | None, config: Config
 ) -> Iterator[tuple[Site, Hessian, Drift | None]]:
-    """Measure each site when it is asked for (true-sequential), or all of them at the beginning."""
-    if twins is not None:
-        for site in block.sites:
-            yield site, *measure_twins(twins, site, config)
-    elif config.recipe.true_sequential:
-        for site in block.sites:
-            yield site, measure_hessians(block, [site], config)[site.name], None
+    """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
+
+    The experts of one stage are measured together, and without drift: the dense model sends them
+    other tokens.
+    """
+    if twins is None and not config.recipe.true_sequential:
+        stages = [list(block.sites)]
     else:
-        hessians = measure_hessians(block, block.sites, config)
-        for site in block.sites:
+        stages = [list(sites) for _, sites in groupby(block.sites, lambda site: site.stage)]
+    for sites in stages:
+        if twins is not None and not sites[0].routed:
+            yield sites[0], *measure_twins(twins, sites[0], config)
+            continue
+        hessians = measure_hessians(block, sites, config)
+        for site in sites:
             yield site, hessians.pop(site.name), None
 
 

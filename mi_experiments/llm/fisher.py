@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.llm.inventory import Inventory, LinearView
 from mi_experiments.llm.replay import hooks
+from mi_experiments.llm.watching import alter
 
 POSITIONS_CHUNK = 64
 """Positions whose probabilities exist at one time."""
@@ -59,7 +60,8 @@ def measure_fisher(
     Returns:
         f in (nats per unit of output)² by name of the linear, never negative, in float32 (float64
         for a model in float64) on the device of the linear. A position that a linear does not read,
-        as with routed experts, counts as zero, so that f is comparable over the whole model.
+        as with routed experts, counts as zero, so that f is comparable over the whole model; of an
+        expert that reads none it is zero.
 
     Raises:
         InputError: If no sample reaches one of the linears.
@@ -84,6 +86,11 @@ def measure_fisher(
                     )
             if on_sample is not None:
                 on_sample(index)
+        # The loss does not feel an expert that no token is routed to, as long as others are called.
+        called = {l.parameter_name: sums[l.name] for l in linears if l.name in sums}  # noqa: E741
+        for linear in linears:
+            if linear.expert is not None and linear.parameter_name in called:
+                sums.setdefault(linear.name, torch.zeros_like(called[linear.parameter_name]))
         if unread := [linear.name for linear in linears if linear.name not in sums]:
             raise InputError(
                 f"no sample reaches {len(unread)} linears, {unread[0]} first; "
@@ -150,24 +157,21 @@ def _add_squared_gradients(
         # Not the leaf itself: some models go on in place, which autograd forbids on leaves.
         return entering[-1].clone()
 
-    def watch(linear: LinearView) -> Callable[[nn.Module, tuple[object, ...], Tensor], None]:
-        def collect(gradient: Tensor) -> None:
+    def collect(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
+        # Here and not in the backward pass, which does not visit outputs without influence.
+        if linear.name not in sums:
+            sums[linear.name] = output.new_zeros(output.shape[-1], dtype=torch.float64)
+
+        def add(gradient: Tensor) -> None:
             exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
             squares = exact.flatten(0, -2).square()
             sums[linear.name] += squares.sum(dim=0, dtype=torch.float64)
 
-        def after(module: nn.Module, arguments: tuple[object, ...], output: Tensor) -> None:
-            # Here and not in the backward pass, which does not visit outputs without influence.
-            if linear.name not in sums:
-                sums[linear.name] = output.new_zeros(linear.rows, dtype=torch.float64)
-            output.register_hook(collect)  # type: ignore[no-untyped-call]
-
-        return after
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
 
     embedding: nn.Module = model.get_input_embeddings()
-    handles = [linear.module.register_forward_hook(watch(linear)) for linear in linears]
-    handles.append(embedding.register_forward_hook(enter))
-    with hooks(handles):
+    with hooks([embedding.register_forward_hook(enter)]), alter(linears, collect):
         logits: Tensor = model(input_ids=sample[None].to(model.device), use_cache=False).logits
         with torch.no_grad():
             score = _score(logits[0], draw_uniforms(sample, seed))

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mi_experiments.llm.blocks import Block, Site
-from mi_experiments.llm.replay import Stream, hooks
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.inventory import LinearView
+from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.sites import Site
+from mi_experiments.llm.watching import alter
 
 WRITER_TOLERANCE = 0.1
 """Largest relative deviation at which a linear's output counts as added to the block's output.
@@ -73,7 +75,13 @@ class Twins:
         return cls(block, block.copy(stream))
 
     def observe(self, site: Site) -> Iterator[Observation]:
-        """Run both models on the same samples up to a site, a batch at a time."""
+        """Run both models on the same samples up to a site, a batch at a time.
+
+        Raises:
+            ValueError: If the site is routed: the two models send it different tokens.
+        """
+        if site.routed:
+            raise ValueError(f"{site.name} reads other tokens in the dense model; do not pair them")
         (twin,) = [twin for twin in self.dense.sites if twin.name == site.name]
         later = self.writers.get(site.linears[0].name)
         now, before = (
@@ -103,13 +111,14 @@ def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
         For each writer the later ones, in execution order.
     """
     _, hidden, call = next(block.stream.batches())
-    order = [site.linears[0] for site in block.sites if len(site.linears) == 1]
+    alone = (site for site in block.sites if len(site.linears) == 1 and not site.routed)
+    order = [site.linears[0] for site in alone]
     later: tuple[str, ...] = ()
     writers: dict[str, tuple[str, ...]] = {}
     for linear in reversed(order):
         if linear.rows != hidden.shape[-1]:
             continue
-        with silence(block, later), capture(linear.module) as seen:
+        with silence(block, later), capture(linear) as seen:
             with_it = call.replay(block.module, hidden)
         with silence(block, (linear.name, *later)):
             without = call.replay(block.module, hidden)
@@ -138,7 +147,7 @@ def walk_writer(
     (linear,) = site.linears
     for _, hidden, call in block.stream.batches():
         silent = silence(block, (linear.name, *later))
-        with torch.no_grad(), silent, capture(linear.module) as inputs:
+        with torch.no_grad(), silent, capture(linear) as inputs:
             residual = call.replay(block.module, hidden)
         yield inputs[0].flatten(0, -2), residual.flatten(0, -2)
 
@@ -146,22 +155,19 @@ def walk_writer(
 @contextmanager
 def silence(block: Block, names: Sequence[str]) -> Iterator[None]:
     """Let linears of a block return zeros."""
-
-    def zeros(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return torch.zeros_like(output)
-
-    chosen = [linear.module for linear in block.linears if linear.name in names]
-    with hooks(module.register_forward_hook(zeros) for module in chosen):
+    chosen = [linear for linear in block.linears if linear.name in names]
+    with alter(chosen, lambda linear, inputs, output: torch.zeros_like(output)):
         yield
 
 
 @contextmanager
-def capture(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep what a module reads and returns, in this order."""
+def capture(linear: LinearView) -> Iterator[list[Tensor]]:
+    """Keep what a linear reads and returns, in this order."""
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.extend((args[0], output))
+    def keep(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
+        seen.extend((inputs, output))
+        return output
 
-    with hooks([module.register_forward_hook(keep)]):
+    with alter([linear], keep):
         yield seen
