@@ -324,7 +324,7 @@ class MemoryConfig:
         """Check ranges."""
         for key in ("accelerator", "host"):
             size = getattr(self, key)
-            require(f"memory.{key}", size, size is None or size > 0, "gigabytes, or null")
+            require(f"memory.{key}", size, size is None or size > 0, "a size in GiB, or null")
 
 
 @dataclass
