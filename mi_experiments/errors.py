@@ -29,3 +29,9 @@ class AuditError(MiError):
     """A compressed linear breaks one of the promises of its plan."""
 
     exit_code = 4
+
+
+def require(key: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise the one line that a person needs when a value is out of its range."""
+    if not holds:
+        raise InputError(f"{key}={value} is not allowed: {allowed}")
