@@ -44,6 +44,18 @@ def test_every_command_is_installed(command: str) -> None:
     assert f'\n{command} = "mi_experiments.commands.' in (ROOT / "pyproject.toml").read_text()
 
 
+TABLE = README.split("## The axes")[1].split("\n## ")[0]
+AXES = re.findall(r"^\| `(\w+)` \| (.*?) \|", TABLE, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("axis", "choices"), AXES)
+def test_every_documented_choice_is_a_file(axis: str, choices: str) -> None:
+    names = re.findall(r"`(\w+)`", choices)
+    assert names
+    for name in names:
+        assert (Path(conf_directory()) / axis / f"{name}.yaml").is_file(), f"{axis}={name}"
+
+
 def test_the_map_names_every_module() -> None:
     tree = README.split("## Map")[1].split("## Extend it")[0]
     for path in (ROOT / "mi_experiments").rglob("*.py"):
