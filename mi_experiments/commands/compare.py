@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,14 @@ from mi_experiments.run_table import (
     COUNT,
     INTERVAL,
     RESULTS,
+    SHORT,
     find_column,
     read_runs,
     varying,
 )
 from mi_experiments.selection import select_rows
+from mi_experiments.views.data import Comparison, choose_colour, gather_details
+from mi_experiments.views.page import write_page
 
 PROGRAM = "mi-compare"
 SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".tex": "latex",
@@ -35,6 +39,7 @@ examples:
   mi-compare sweeps --over seed --sort excess           means with 95 % t intervals
   mi-compare sweeps --baseline grouping=random --over seed      paired differences of excess
   mi-compare sweeps --over seed --pivot grouping wbits excess --output excess.tex --digits 3
+  mi-compare sweeps --over seed --html sweeps.html      one page: plots, layers, sortable table
 
 columns: the settings by config key (wbits.average) or short name (wbits); dense and compressed
 perplexity; excess = compressed - dense negative log-likelihood, nats per token; average_bits and
@@ -85,10 +90,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pivot", nargs=3, metavar=("ROWS", "COLUMNS", "VALUE"), help="a table of two settings")
     add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by --output")
     add("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
+    add("--html", type=Path, metavar="FILE", help="write a page: plots, layers, sortable table")
+    add("--by", metavar="KEY", help="the setting that colours tell apart (default: what varies)")
     add("--digits", type=int, metavar="N", help="decimals of results (table: 4; others: exact)")
     # argparse takes the value -excess for an option unless it is joined to its own.
     joined = re.sub(r"(^|\0)--sort\0(?=-\w)", r"\1--sort=", "\0".join(arguments))
     options = parser.parse_args(joined.split("\0") if joined else [])
+    options.command = shlex.join([PROGRAM, *arguments])
+    options.views = bool(options.html)
+    if options.pivot and options.views:
+        parser.error("--pivot is for tables: leave out --html")
+    if options.by and not options.views:
+        parser.error("--by is the colour of a plot: give --html")
     if options.pivot and options.columns:
         parser.error("--columns and --pivot cannot be joined")
     if options.digits is not None and options.digits < 0:
@@ -112,17 +125,59 @@ def compare(options: argparse.Namespace) -> None:
         frame = add_difference(frame, options.baseline)
         alone = int((frame["difference"].isna() & (frame["status"] == "completed")).sum())
         notes += [f"{alone} rows have no partner with {options.baseline}"] * bool(alone)
+    runs = frame
     if options.over:
         frame = average_over(frame, options.over)
-    for key in reversed(options.sort):
-        column = find_column(frame, key.removeprefix("-"))
-        rising = not key.startswith("-")
-        frame = frame.sort_values(column, ascending=rising, kind="stable", ignore_index=True)
+    frame = sort_rows(frame, options.sort)
+    if options.views:
+        write_views(compose(runs, frame, options), options)
+        if options.output is None and options.format is None:
+            print_notes(notes)
+            return
     if options.pivot:
         frame = pivot(frame, *options.pivot)
     else:
         frame = frame[choose_columns(frame, options.columns, form)]
     deliver(frame, form, options, notes)
+
+
+def sort_rows(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Order the rows by columns, the first of them first; `-KEY` is descending."""
+    for key in reversed(keys):
+        column = find_column(frame, key.removeprefix("-"))
+        rising = not key.startswith("-")
+        frame = frame.sort_values(column, ascending=rising, kind="stable", ignore_index=True)
+    return frame
+
+
+def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace) -> Comparison:
+    """Return what the views show: `shown` holds the runs in order, or their means."""
+    means = None
+    if options.over:
+        means, own = (
+            shown,
+            [key for key in options.sort if key.removeprefix("-") in {*runs, *SHORT}],
+        )
+        shown = sort_rows(runs, own)
+    asked = [] if options.over else options.columns
+    return Comparison(
+        runs=shown,
+        means=means,
+        over=tuple(options.over),
+        columns=tuple(choose_columns(shown, asked, "page")),
+        mean_columns=() if means is None else tuple(choose_columns(means, options.columns, "page")),
+        colour=choose_colour(shown, options.by),
+        details=gather_details(options.paths, shown["run"]),
+        command=options.command,
+    )
+
+
+def write_views(comparison: Comparison, options: argparse.Namespace) -> None:
+    """Write what was asked for beside the table."""
+    count = len(comparison.details)
+    if options.html:
+        write_atomically(options.html, write_page(comparison).encode())
+        print(f"{options.html}: a page of {count} {'run' if count == 1 else 'runs'}")
 
 
 def choose_format(form: str | None, output: Path | None) -> str:
@@ -170,10 +225,15 @@ def deliver(
         return
     content = write_table(frame, form, options.digits, notes)
     if form != "table":
-        for note in notes:
-            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+        print_notes(notes)
     if options.output is None:
         sys.stdout.write(content.decode())
     else:
         write_atomically(options.output, content)
         print(f"{options.output}: {len(frame)} rows")
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print to standard error what a file has no place for."""
+    for note in notes:
+        print(f"{PROGRAM}: note: {note}", file=sys.stderr)
