@@ -5,7 +5,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -91,17 +92,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by --output")
     add("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
     add("--html", type=Path, metavar="FILE", help="write a page: plots, layers, sortable table")
+    add("--plots", type=Path, metavar="DIR", help="write the plots of the page as PNG and PDF")
+    add("--wandb", action="store_true", help="save a view of the runs in Weights & Biases")
     add("--by", metavar="KEY", help="the setting that colours tell apart (default: what varies)")
     add("--digits", type=int, metavar="N", help="decimals of results (table: 4; others: exact)")
     # argparse takes the value -excess for an option unless it is joined to its own.
     joined = re.sub(r"(^|\0)--sort\0(?=-\w)", r"\1--sort=", "\0".join(arguments))
     options = parser.parse_args(joined.split("\0") if joined else [])
     options.command = shlex.join([PROGRAM, *arguments])
-    options.views = bool(options.html)
+    options.views = bool(options.html or options.plots or options.wandb)
     if options.pivot and options.views:
-        parser.error("--pivot is for tables: leave out --html")
-    if options.by and not options.views:
-        parser.error("--by is the colour of a plot: give --html")
+        parser.error("--pivot is for tables: leave out --html, --plots and --wandb")
+    if options.by and not (options.html or options.plots):
+        parser.error("--by is a plot's colour: give --html or --plots")
     if options.pivot and options.columns:
         parser.error("--columns and --pivot cannot be joined")
     if options.digits is not None and options.digits < 0:
@@ -130,7 +133,7 @@ def compare(options: argparse.Namespace) -> None:
         frame = average_over(frame, options.over)
     frame = sort_rows(frame, options.sort)
     if options.views:
-        write_views(compose(runs, frame, options), options)
+        notes += write_views(compose(runs, frame, options), options)
         if options.output is None and options.format is None:
             print_notes(notes)
             return
@@ -166,18 +169,39 @@ def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace
         over=tuple(options.over),
         columns=tuple(choose_columns(shown, asked, "page")),
         mean_columns=() if means is None else tuple(choose_columns(means, options.columns, "page")),
-        colour=choose_colour(shown, options.by),
+        colour=choose_colour(shown if means is None else means, options.by),
         details=gather_details(options.paths, shown["run"]),
         command=options.command,
     )
 
 
-def write_views(comparison: Comparison, options: argparse.Namespace) -> None:
-    """Write what was asked for beside the table."""
+def write_views(comparison: Comparison, options: argparse.Namespace) -> list[str]:
+    """Write what was asked for beside the table, and return what is to be said about it."""
     count = len(comparison.details)
     if options.html:
         write_atomically(options.html, write_page(comparison).encode())
         print(f"{options.html}: a page of {count} {'run' if count == 1 else 'runs'}")
+    notes: list[str] = []
+    if options.plots:
+        with extra("--plots", "plots"):
+            from mi_experiments.views.plots import write_plots
+        drawn, notes = write_plots(comparison, options.plots)
+        print(f"{options.plots}: {len(drawn)} plots as PDF and PNG")
+    if options.wandb:
+        with extra("--wandb", "workspaces"):
+            from mi_experiments.views.workspace import publish_workspace
+        print(publish_workspace(comparison, options.paths[0]))
+    return notes
+
+
+@contextmanager
+def extra(option: str, name: str) -> Iterator[None]:
+    """Say how to install what an option needs where that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        install = f"pip install 'mi-experiments[{name}]'"
+        raise InputError(f"{option} needs {error.name}: {install}") from error
 
 
 def choose_format(form: str | None, output: Path | None) -> str:

@@ -29,8 +29,8 @@ from mi_experiments.run_table import (
 
 LABELS = {
     "compressed": "perplexity",
-    "excess": "excess over dense, nats per token",
-    "difference": "paired difference of excess, nats per token",
+    "excess": "excess, nats per token",
+    "difference": "paired difference, nats per token",
     "dense": "dense perplexity",
     "average_bits": "average bits",
     "effective_bits": "effective bits per weight",
@@ -76,11 +76,13 @@ class RunDetail:
     """One run beyond its row.
 
     Attributes:
+        directory: where its records are.
         result: its record.
         linears: a row a linear, with its `kind` (the name without the block) and the `site_kind`;
             None if the run has none yet.
     """
 
+    directory: Path
     result: Result
     linears: pd.DataFrame | None
 
@@ -136,7 +138,7 @@ def gather_details(paths: Sequence[Path], runs: Iterable[str]) -> dict[str, RunD
             except (OSError, ValueError, KeyError, TypeError) as error:
                 line = " ".join(f"{type(error).__name__}: {error}".split())
                 raise InputError(f"{directory / LINEARS} cannot be read: {line}") from error
-        details[run] = RunDetail(read_result(directory), linears)
+        details[run] = RunDetail(directory, read_result(directory), linears)
     return details
 
 

@@ -88,7 +88,7 @@ function drawFrontier(named, look) {
   const rows = drawable(state.means ? DATA.means : DATA.rows, x);
   const text = known(state.text) ? ` on ${state.text}` : "";
   byId("frontier-caption").textContent = `${capital(label(state.loss))}${text} against all that is stored. Lower left is better; ` +
-    "the stepped line is the lowest at that many bits or fewer.";
+    (state.loss === "difference" ? "zero is the baseline." : "the stepped line is the lowest at that many bits or fewer.");
   if (!rows.length) return empty(host, "No completed run has a perplexity yet.");
   const series = new Map();
   for (const row of sortByColour(rows)) {
@@ -97,7 +97,7 @@ function drawFrontier(named, look) {
     series.get(name).points.push(pointOf(row, x));
   }
   chart(host, {
-    x: { label: label(x) }, y: { label: label(state.loss) }, series: [...series.values()], frontier: rows.length > 1,
+    x: { label: label(x) }, y: { label: label(state.loss) }, series: [...series.values()], frontier: rows.length > 1 && state.loss !== "difference",
     guides: guidesOf(drawable(DATA.rows, x)), hidden: state.hidden.frontier, redraw: drawPlots, key: state.colour,
     faint: faintPoints(x, look),
   });

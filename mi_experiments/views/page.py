@@ -23,10 +23,11 @@ def write_page(comparison: Comparison) -> str:
     """
     style = read("page.css")
     body = "".join(read(name) for name in SCRIPTS)
-    script = f'"use strict";\nconst DATA = JSON.parse(document.getElementById("data").textContent);\n{body}'
+    data = 'JSON.parse(document.getElementById("data").textContent)'
+    script = f'"use strict";\nconst DATA = {data};\n{body}'
     policy = (
-        f"default-src 'none'; style-src '{fingerprint(style)}'; script-src '{fingerprint(script)}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src '{fingerprint(style)}'; "
+        f"script-src '{fingerprint(script)}'; base-uri 'none'; form-action 'none'"
     )
     runs = len(comparison.details)
     parts = {
