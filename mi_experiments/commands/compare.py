@@ -120,28 +120,36 @@ def names(text: str) -> list[str]:
 def compare(options: argparse.Namespace) -> None:
     """Read, select, pair, average, sort, choose columns, and print or write."""
     form = choose_format(options.format, options.output)
-    frame = read_runs(options.paths)
-    if options.where:
-        frame = select_rows(frame, options.where)
-    notes = unfinished(frame)
-    if options.baseline:
-        frame = add_difference(frame, options.baseline)
-        alone = int((frame["difference"].isna() & (frame["status"] == "completed")).sum())
-        notes += [f"{alone} rows have no partner with {options.baseline}"] * bool(alone)
-    runs = frame
-    if options.over:
-        frame = average_over(frame, options.over)
-    frame = sort_rows(frame, options.sort)
+    runs, shown, notes = make_table(options)
     if options.views:
-        notes += write_views(compose(runs, frame, options), options)
+        notes += write_views(compose(runs, shown, options), options)
         if options.output is None and options.format is None:
             print_notes(notes)
             return
     if options.pivot:
-        frame = pivot(frame, *options.pivot)
+        shown = pivot(shown, *options.pivot)
     else:
-        frame = frame[choose_columns(frame, options.columns, form)]
-    deliver(frame, form, options, notes)
+        shown = shown[choose_columns(shown, options.columns, form)]
+    deliver(shown, form, options, notes)
+
+
+def make_table(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the runs in order; they or their means, in order; and notes about them."""
+    runs = read_runs(options.paths)
+    if options.where:
+        runs = select_rows(runs, options.where)
+    notes = unfinished(runs)
+    if options.baseline:
+        runs = add_difference(runs, options.baseline)
+        alone = int((runs["difference"].isna() & (runs["status"] == "completed")).sum())
+        notes += [f"{alone} rows have no partner with {options.baseline}"] * bool(alone)
+    if not options.over:
+        runs = sort_rows(runs, options.sort)
+        return runs, runs, notes
+    means = sort_rows(average_over(runs, options.over), options.sort)
+    # The runs have no column for what an average adds: `runs`, `excess_ci95`.
+    of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *SHORT}]
+    return sort_rows(runs, of_runs), means, notes
 
 
 def sort_rows(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -154,23 +162,17 @@ def sort_rows(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
 
 
 def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace) -> Comparison:
-    """Return what the views show: `shown` holds the runs in order, or their means."""
-    means = None
-    if options.over:
-        means, own = (
-            shown,
-            [key for key in options.sort if key.removeprefix("-") in {*runs, *SHORT}],
-        )
-        shown = sort_rows(runs, own)
+    """Return what the views show: the runs and, where `shown` is their means, both."""
+    means = shown if options.over else None
     asked = [] if options.over else options.columns
     return Comparison(
-        runs=shown,
+        runs=runs,
         means=means,
         over=tuple(options.over),
-        columns=tuple(choose_columns(shown, asked, "page")),
-        mean_columns=() if means is None else tuple(choose_columns(means, options.columns, "page")),
-        colour=choose_colour(shown if means is None else means, options.by),
-        details=gather_details(options.paths, shown["run"]),
+        columns=tuple(choose_columns(runs, asked, "page")),
+        mean_columns=tuple(choose_columns(shown, options.columns, "page")) if options.over else (),
+        colour=choose_colour(shown, options.by),
+        details=gather_details(options.paths, runs["run"]),
         command=options.command,
     )
 

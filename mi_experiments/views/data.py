@@ -267,7 +267,7 @@ def plain_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
 def plain(value: Any) -> Any:
     """Return a value that JSON knows: numbers as they are, None for what is missing."""
     value = value.item() if hasattr(value, "item") else value
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if value is None or value is pd.NA or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value if isinstance(value, str | bool | int | float) else str(value)
 
