@@ -202,8 +202,9 @@ def extra(option: str, name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
         install = f"pip install 'mi-experiments[{name}]'"
-        raise InputError(f"{option} needs {error.name}: {install}") from error
+        raise InputError(f"{option} needs {module}: {install}") from error
 
 
 def choose_format(form: str | None, output: Path | None) -> str:

@@ -103,7 +103,7 @@ def build_workspace(comparison: Comparison) -> ws.Workspace:
         ],
         runset_settings=ws.RunsetSettings(
             groupby=[ws.Metric("Group")] if sweeps and len(sweeps) > 1 else [],
-            filters=[ws.Metric("Group").isin(sweeps)] if sweeps else [],
+            filters=ws.And(ws.Metric("Group").isin(sweeps)) if sweeps else "",
             pinned_columns=[
                 *(f"config:{name}" for name in (*AXES, "grouping")),
                 "summary:bits/effective",
