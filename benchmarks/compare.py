@@ -7,6 +7,7 @@ over a 7B model: 225 linears a run.
 """
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,16 +40,23 @@ def write_sweep(root: Path, runs: int, blocks: int) -> None:
         make_linears(root / str(job), blocks=blocks, salt=job)
 
 
-def measure(directory: Path, arguments: list[str], repeats: int) -> float:
-    """Return the shortest time of a command, seconds."""
+def processor() -> float:
+    """Return the processor time of all commands so far, seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(directory: Path, arguments: list[str], repeats: int) -> tuple[float, float]:
+    """Return the shortest time of a command and its shortest processor time, seconds."""
     command = [sys.executable, "-c", "from mi_experiments.commands.compare import main; main()"]
-    times = []
+    times, busy = [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), processor()
         subprocess.run([*command, "sweep", *arguments], cwd=directory, check=True,
                        stdout=subprocess.DEVNULL, env={"PYTHONPATH": str(ROOT)})  # fmt: skip
         times.append(time.perf_counter() - started)
-    return min(times)
+        busy.append(processor() - before)
+    return min(times), min(busy)
 
 
 def main() -> None:
@@ -62,8 +70,8 @@ def main() -> None:
         write_sweep(Path(directory) / "sweep", options.runs, options.blocks)
         print(f"{options.runs} runs of {3 * options.blocks} linears, fastest of {options.repeats}")
         for name, arguments in COMMANDS.items():
-            seconds = measure(Path(directory), arguments, options.repeats)
-            print(f"{name:30} {seconds:6.2f} s")
+            seconds, busy = measure(Path(directory), arguments, options.repeats)
+            print(f"{name:30} {seconds:6.2f} s   {busy:6.2f} s of processor")
         print(
             f"{'size of the page':30} {Path(directory, 'page.html').stat().st_size / 1e6:6.2f} MB"
         )

@@ -14,7 +14,14 @@ from typing import Any
 import pandas as pd
 
 from mi_experiments.errors import InputError
-from mi_experiments.record import LINEARS, Result, linears_frame, read_linears, read_result
+from mi_experiments.record import (
+    LINEARS,
+    LinearReport,
+    Result,
+    linears_frame,
+    read_linears,
+    read_result,
+)
 from mi_experiments.run_table import (
     COUNT,
     DOTTED,
@@ -78,13 +85,12 @@ class RunDetail:
     Attributes:
         directory: where its records are.
         result: its record.
-        linears: a row a linear, with its `kind` (the name without the block) and the `site_kind`;
-            None if the run has none yet.
+        linears: what happened to each weight matrix; None if the run has none yet.
     """
 
     directory: Path
     result: Result
-    linears: pd.DataFrame | None
+    linears: list[LinearReport] | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def gather_details(paths: Sequence[Path], runs: Iterable[str]) -> dict[str, RunD
         linears = None
         if (directory / LINEARS).exists():
             try:
-                linears = with_kinds(linears_frame(read_linears(directory)))
+                linears = read_linears(directory)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 line = " ".join(f"{type(error).__name__}: {error}".split())
                 raise InputError(f"{directory / LINEARS} cannot be read: {line}") from error
@@ -142,13 +148,11 @@ def gather_details(paths: Sequence[Path], runs: Iterable[str]) -> dict[str, RunD
     return details
 
 
-def with_kinds(linears: pd.DataFrame) -> pd.DataFrame:
-    """Add `kind` and `site_kind`: the names without what leads up to the block's index."""
-    pairs = list(zip(linears["name"], linears["block"], strict=True))
-    sites = list(zip(linears["site"], linears["block"], strict=True))
-    return linears.assign(
-        kind=[below_block(name, block) for name, block in pairs],
-        site_kind=[below_block(name, block) for name, block in sites],
+def linears_with_kinds(linears: Sequence[LinearReport]) -> pd.DataFrame:
+    """Return a row a linear with its `kind` and `site_kind`: the names inside the block."""
+    return linears_frame(linears).assign(
+        kind=[below_block(linear.name, linear.block) for linear in linears],
+        site_kind=[below_block(linear.site, linear.block) for linear in linears],
     )
 
 
@@ -273,18 +277,24 @@ def plain(value: Any) -> Any:
 
 
 def plain_linears(
-    linears: pd.DataFrame | None, shapes: list[dict[str, list[Any]]]
+    linears: Sequence[LinearReport] | None, shapes: list[dict[str, list[Any]]]
 ) -> dict[str, Any] | None:
     """Return the numbers of the linears in columns, and which of the shapes they belong to."""
-    if linears is None or linears.empty:
+    if not linears:
         return None
-    named = ("block", "name", "kind", "site_kind", "rows", "columns")
-    shape: dict[str, list[Any]] = {name: linears[name].tolist() for name in named}
+    shape: dict[str, list[Any]] = {
+        name: [getattr(linear, name) for linear in linears]
+        for name in ("block", "name", "rows", "columns")
+    }
+    shape["kind"] = [below_block(linear.name, linear.block) for linear in linears]
+    shape["site_kind"] = [below_block(linear.site, linear.block) for linear in linears]
     shape["family"] = [family(kind) for kind in shape["kind"]]
     if shape not in shapes:
         shapes.append(shape)
-    kept = [name for name in (*LAYER_METRICS, "information_noise") if name in linears]
     return {
         "shape": shapes.index(shape),
-        "bits": [{str(width): count for width, count in row.items()} for row in linears["bits"]],
-    } | {name: [plain(value) for value in linears[name].tolist()] for name in kept}
+        "bits": [{str(width): n for width, n in linear.bits.items()} for linear in linears],
+    } | {
+        name: [plain(getattr(linear, name)) for linear in linears]
+        for name in (*LAYER_METRICS, "information_noise")
+    }

@@ -25,6 +25,7 @@ from mi_experiments.views.data import (
     drawn_losses,
     family,
     label_of,
+    linears_with_kinds,
 )
 from mi_experiments.views.paper import (
     COLOURS,
@@ -72,10 +73,11 @@ def draw_all(comparison: Comparison) -> Iterator[tuple[str, Figure | str]]:
             yield f"frontier_{loss}{suffix}", draw_frontier(comparison, text, loss)
             yield f"calibration_{loss}{suffix}", draw_calibration(comparison, text, loss)
     run = comparison.chosen
-    linears = comparison.details[run].linears if run is not None else None
-    if run is None or linears is None:
+    reports = comparison.details[run].linears if run is not None else None
+    if run is None or reports is None:
         yield "layers", "no completed run has linears"
     else:
+        linears = linears_with_kinds(reports)
         for metric in LAYER_METRICS[:2]:
             yield f"map_{metric}", draw_map(linears, metric, run)
         yield "error", draw_curves(linears, "output_error", "kind", run)
