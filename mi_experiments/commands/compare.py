@@ -169,12 +169,18 @@ def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace
         runs=runs,
         means=means,
         over=tuple(options.over),
-        columns=tuple(choose_columns(runs, asked, "page")),
-        mean_columns=tuple(choose_columns(shown, options.columns, "page")) if options.over else (),
+        columns=page_columns(runs, asked),
+        mean_columns=page_columns(shown, options.columns) if options.over else (),
         colour=choose_colour(shown, options.by),
         details=gather_details(options.paths, runs["run"]),
         command=options.command,
     )
+
+
+def page_columns(frame: pd.DataFrame, asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of the page's table: those of a file, the errors as the last."""
+    columns = choose_columns(frame, asked, "page")
+    return tuple(sorted(columns, key=lambda name: not asked and name == "error"))
 
 
 def write_views(comparison: Comparison, options: argparse.Namespace) -> list[str]:

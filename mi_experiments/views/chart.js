@@ -34,7 +34,8 @@ function axes(plot, x, y, box, names) {
 // series: {name, look, wire, variant, points: [{x, y, low, high, left, right, run, title, lines}]}
 function chart(host, { x, y, series, guides = [], frontier = false, faint = [], hidden, redraw, key }) {
   const shown = series.filter((one) => !hidden.has(one.name));
-  const all = series.flatMap((one) => one.points);
+  // Noise is far below what it is compared with, or it is in the picture: it never widens an axis.
+  const all = series.filter((one) => one.variant !== "noise").flatMap((one) => one.points);
   const points = shown.flatMap((one) => one.points);
   const plot = canvas(host, `${y.label} against ${x.label}`);
   const width = Number(plot.getAttribute("width"));
@@ -57,11 +58,12 @@ function chart(host, { x, y, series, guides = [], frontier = false, faint = [], 
   const items = [];
   const size = points.length > 150 ? 0.62 : points.length > 60 ? 0.8 : 1;
   for (const one of shown) {
+    const inside = one.points.filter((point) => one.variant !== "noise" || (toY(point.y) <= box.bottom && toY(point.y) >= box.top));
     if (one.wire) {
-      const path = one.points.map((point, i) => `${i ? "L" : "M"}${toX(point.x)} ${toY(point.y)}`);
+      const path = inside.map((point, i) => `${i ? "L" : "M"}${toX(point.x)} ${toY(point.y)}`);
       plot.append(svg("path", { class: `wire ${one.variant ?? ""}`, d: path.join(""), stroke: one.look.colour }));
     }
-    for (const point of one.points) {
+    for (const point of inside) {
       const place = { x: toX(point.x), y: toY(point.y) };
       const parts = [];
       if (known(point.low)) parts.push(whisker(one.look, toY(point.low) - place.y, toY(point.high) - place.y, box.top - place.y, box.bottom - place.y));
@@ -155,7 +157,7 @@ function columns(host, { rows, parts, label: name, stacked, write }) {
       if (stacked) below += value;
     });
     if (named) plot.append(svg("text", { x: toX(i) + step / 2, y: box.bottom + 18, "text-anchor": "middle" },
-      row.run.length * 7 > step ? `…${row.run.slice(-Math.max(1, Math.floor(step / 7) - 1))}` : row.run));
+      row.run.length * 7 > step ? `…${row.run.slice(-Math.max(1, Math.floor(step / 7.5) - 2))}` : row.run));
     items.push({
       x: toX(i) + step / 2, y: stacked ? toY(heights[i] / 2) : toY(heights[i]), title: row.run, pick: () => choose(row.run), wide: step,
       lines: parts.filter((part) => known(row.values[part])).map((part) => [part, write(row.values[part])]),

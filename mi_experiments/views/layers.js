@@ -6,11 +6,9 @@ function linearsOf(run) {
 
 function describeLinear(linears, i) {
   const widths = Object.entries(linears.bits[i]).map(([width, count]) => `${count} × ${width} bit`);
-  return [["average bits", show("average_bits", linears.average_bits[i])],
-    ["effective bits", show("effective_bits", linears.effective_bits[i])],
-    ["channels", widths.join(", ")],
-    ["output error", known(linears.output_error[i]) ? linears.output_error[i].toPrecision(4) : "–"],
-    ["shape", `${linears.rows[i]} × ${linears.columns[i]}`]];
+  const others = ["average_bits", "effective_bits", "output_error"].filter((name) => name !== state.metric);
+  return [...others.map((name) => [label(name), known(linears[name][i]) ? linears[name][i].toPrecision(4) : "–"]),
+    ["channels", widths.join(", ")], ["shape", `${linears.rows[i]} × ${linears.columns[i]}`]];
 }
 
 function drawLayers() {
@@ -120,7 +118,7 @@ function ramp(range, log, left) {
 function curves(host, runs, metric, kindColumn) {
   const families = (linears) => (kindColumn === "kind" ? linears.family : linears.site_kind.map((kind) => kind.replace(/(?<=\.)\d+(?=\.)/, "*")));
   const look = looks([...new Set(runs.flatMap((run) => families(linearsOf(run))))]);
-  const series = [];
+  const series = [], noisy = metric === "pairwise_information";
   for (const run of runs) {
     const linears = linearsOf(run), named = families(linears), lines = new Map();
     linears[kindColumn].forEach((kind, i) => {
@@ -133,9 +131,10 @@ function curves(host, runs, metric, kindColumn) {
       const order = [...rows.entries()].sort((a, b) => a[0] - b[0]);
       const point = (source) => ([block, i]) => ({ x: block, y: linears[source][i], run,
         title: kindColumn === "kind" ? linears.name[i] : `${name}, block ${block}`,
-        lines: [["run", run], [label(source), String(linears[source][i])]] });
+        lines: [["run", run], [label(metric), String(linears[metric][i])],
+          ...(noisy && known(linears.information_noise[i]) ? [["noise", String(linears.information_noise[i])]] : [])] });
       series.push({ name, look: look.get(name), wire: true, variant: run === state.run ? null : "other", points: order.map(point(metric)) });
-      if (metric === "pairwise_information" && run === state.run) series.push({ name, look: look.get(name), wire: true, variant: "noise",
+      if (noisy && run === state.run) series.push({ name, look: look.get(name), wire: true, variant: "noise",
         points: order.filter(([, i]) => known(linears.information_noise?.[i])).map(point("information_noise")) });
     }
   }
