@@ -21,7 +21,7 @@ from mi_experiments.run_table import (
     COUNT,
     INTERVAL,
     RESULTS,
-    SHORT,
+    SYNONYMS,
     find_column,
     read_runs,
     varying,
@@ -148,7 +148,7 @@ def make_table(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame,
         return runs, runs, notes
     means = sort_rows(average_over(runs, options.over), options.sort)
     # The runs have no column for what an average adds: `runs`, `excess_ci95`.
-    of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *SHORT}]
+    of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *SYNONYMS}]
     return sort_rows(runs, of_runs), means, notes
 
 
@@ -234,11 +234,17 @@ def unfinished(frame: pd.DataFrame) -> list[str]:
 
 
 def choose_columns(frame: pd.DataFrame, asked: Sequence[str], form: str) -> list[str]:
-    """Return the columns asked for; by default what varies between the rows, and the results."""
+    """Return the columns asked for; by default what varies between the rows, and the results.
+
+    Interval and count go with a mean.
+    """
     if asked == ["all"]:
         return list(frame)
     if asked:
-        return list(dict.fromkeys(find_column(frame, name) for name in asked))
+        found = [
+            find_column(frame, name) + part for name in asked for part in ("", INTERVAL, COUNT)
+        ]
+        return [name for name in dict.fromkeys(found) if name in frame]
     shown = ["run"]
     if (frame["status"] != "completed").any():
         # In a table the errors are lines below it.

@@ -194,6 +194,16 @@ def test_baseline_over_seeds_and_pivot(sweep: Path, mi_compare: Callable[..., En
     assert spread[0]["grouping=mutual_information"] == rows[1]["difference"]
 
 
+def test_an_interval_goes_with_its_mean(sweep: Path, mi_compare: Callable[..., Ended]) -> None:
+    asked = ("sweep", "--over", "seed", "--columns", "grouping,excess")
+    head = mi_compare(*asked, "--format", "csv").out.splitlines()[0]
+    assert head == "grouping,excess,excess_ci95,excess_n"
+    averaged = average_over(read_runs([sweep]), ["seed"])
+    cells = [row["excess"] for row in parse_table(mi_compare(*asked).out)]
+    pairs = zip(averaged["excess"], averaged["excess_ci95"], strict=True)
+    assert cells == [f"{mean:.4f} ± {width:.4f}" for mean, width in pairs]
+
+
 def test_a_mean_of_fewer_samples_is_marked(sweep: Path, mi_compare: Callable[..., Ended]) -> None:
     make_run(sweep / "9", 0.2, n_groups__grouping="mutual_information", seed=9)
     ended = mi_compare("sweep", "--over", "seed", "--baseline", "grouping=random")
@@ -233,6 +243,7 @@ def test_a_table_in_a_file(sweep: Path, mi_compare: Callable[..., Ended]) -> Non
         (["sweep", "--over", "wbit"], "unknown column wbit; did you mean wbits?"),
         (["sweep", "--pivot", "grouping", "seeds", "excess"], "unknown column seeds"),
         (["sweep", "--where", "__import__('os')"], "__import__('os') is not allowed"),
+        (["sweep", "--where", "seed = 1"], "(compare with ==, write text in quotes)"),
         (["sweep", "--where", "seed == 5"], "holds for none of 4 rows"),
         (["sweep", "--baseline", "grouping=none"], "no run has grouping=none"),
         (["sweep", "--format", "parquet"], "--format parquet is binary: give --output FILE"),
