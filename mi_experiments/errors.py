@@ -36,3 +36,9 @@ class ResumableError(MiError):
     """The run stopped before its end, and the same command continues it (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+def require(key: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise the one line that a person needs when a value is out of its range."""
+    if not holds:
+        raise InputError(f"{key}={value} is not allowed: {allowed}")

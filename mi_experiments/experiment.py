@@ -14,15 +14,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_experiments.config import Config, Export, ModelConfig
-from mi_experiments.embedded import MODEL_DIRECTORY
+from mi_experiments.config import Config, Export
+from mi_experiments.embedded import find_model
 from mi_experiments.errors import AuditError, MiError, ResumableError
-from mi_experiments.llm.activations import Place, allocator
+from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.inventory import take_inventory
-from mi_experiments.llm.loading import ModelSource, OpenModel, locate_model, open_model
+from mi_experiments.llm.loading import OpenModel, choose_device, locate_model, open_model
 from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, plan_compression
 from mi_experiments.progress import Progress
@@ -58,6 +59,7 @@ class Run:
         calibration: token ids.
         commits: what is finished.
         stored: the compressed blocks.
+        memory: what lives where.
         allocate: makes room for hidden states.
         recorder: of the result.
         tracker: of the run.
@@ -71,6 +73,7 @@ class Run:
     calibration: Int[Tensor, "nsamples seqlen"]
     commits: Commits
     stored: StoredModel
+    memory: MemoryPlan
     allocate: Allocate
     recorder: Recorder
     tracker: Tracker
@@ -144,7 +147,13 @@ def open_run(
     config: Config, recorder: Recorder, tracker: Tracker, progress: Progress, stop: StopRequest
 ) -> Run:
     """Find the model and the texts, and what an earlier process finished of the same run."""
-    source = find_model(config.model)
+    memory = plan_run(config, recorder.run_dir)
+    progress.say(in_a_line(memory))
+    source = locate_model(
+        find_model(config.model.path),
+        revision=config.model.revision,
+        offline=config.model.offline,
+    )
     device = choose_device(config.model.device)
     opened = open_model(
         str(source.directory),
@@ -161,9 +170,6 @@ def open_run(
     provenance = measure_provenance(config, source, opened.model, calibration)
     recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
-    place = config.memory.activations
-    if place is Place.auto:
-        place = Place.accelerator
     return Run(
         config=config,
         opened=opened,
@@ -171,7 +177,8 @@ def open_run(
         calibration=calibration,
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
-        allocate=allocator(place, torch.device(device), recorder.run_dir),
+        memory=memory,
+        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,
         progress=progress,
@@ -196,7 +203,7 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
 def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
     """Measure the perplexity of a model on one text."""
     evaluation = run.config.evaluation
-    wave_tokens = sum(map(len, text.windows))
+    wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
     with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
 
@@ -247,6 +254,7 @@ def make_plan(run: Run) -> Plan:
                 on_block,
                 weights=run.opened.weights,
                 allocate=run.allocate,
+                statistics=run.memory.statistics,
                 commits=run.commits,
             )
         run.commits.commit({PLAN: plan.stored()})
@@ -287,6 +295,7 @@ def compress(run: Run, plan: Plan) -> None:
             on_linear,
             weights=run.opened.weights,
             allocate=run.allocate,
+            statistics=run.memory.statistics,
             restore=restore,
         )
         for block in blocks:
@@ -301,20 +310,6 @@ def tidy(run: Run) -> None:
     """Remove what only served to continue the run, and the compressed model if nobody wants it."""
     kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[run.config.export]
     run.commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
-
-
-def find_model(model: ModelConfig) -> ModelSource:
-    """Find the model's files: those of the package, a directory, or the hub."""
-    if model.path == "embedded":
-        return ModelSource(MODEL_DIRECTORY, None)
-    return locate_model(model.path, revision=model.revision, offline=model.offline)
-
-
-def choose_device(device: str) -> str:
-    """Resolve `auto`: the accelerator where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def totals(run: Run, plan: Plan) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from mi_experiments.llm.replay import Allocate, Stream
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
-from mi_experiments.measure import measure_hessians, measure_twins, site_context
+from mi_experiments.measure import in_passes, measure_hessians, measure_twins, site_context
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
@@ -92,6 +92,7 @@ def compress_model(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
+    statistics: int | None = None,
     restore: Callable[[int], bool] = lambda block: False,
 ) -> Iterator[CompressedBlock]:
     """Prune and quantize every linear of the model, in place, block after block.
@@ -105,6 +106,7 @@ def compress_model(
         weights: loads each block when its turn comes and drops it afterwards; None for a model that
             holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
+        statistics: bytes that Hessians measured in one pass may take; None for no limit.
         restore: puts the weights of a block that was compressed earlier into the model, or answers
             no; such a block is not yielded.
 
@@ -129,7 +131,7 @@ def compress_model(
         twins = Twins.open(block, dense) if corrects_targets(config) else None
         if not restore(block.index):
             linears = []
-            for site, hessian, drift in measure_sites(block, twins, config):
+            for site, hessian, drift in measure_sites(block, twins, config, statistics):
                 with site_context(block, site):
                     statistics = factorize_site(hessian, drift, plan.sparsity, config)
                     for linear in site.linears:
@@ -145,7 +147,7 @@ def corrects_targets(config: Config) -> bool:
 
 
 def measure_sites(
-    block: Block, twins: Twins | None, config: Config
+    block: Block, twins: Twins | None, config: Config, statistics: int | None = None
 ) -> Iterator[tuple[Site, Hessian, Drift | None]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
@@ -160,9 +162,10 @@ def measure_sites(
         if twins is not None and not sites[0].routed:
             yield sites[0], *measure_twins(twins, sites[0], config)
             continue
-        hessians = measure_hessians(block, sites, config)
-        for site in sites:
-            yield site, hessians.pop(site.name), None
+        for together in in_passes(sites, statistics):
+            hessians = measure_hessians(block, together, config)
+            for site in together:
+                yield site, hessians.pop(site.name), None
 
 
 def factorize_site(
@@ -193,7 +196,8 @@ def compress_linear(
         order=statistics.factor.order,
         mask_block=config.sparsity.mask_block,
         max_average_bits=plan.requested if linear_budget else None,
-        stored=linear.read_weight(),
+        # A kernel that computes scale · (code − zero) in the model's format rounds just so.
+        stored=linear.read_weight().to(linear.dtype),
     )
     storage = count_storage(
         grid,

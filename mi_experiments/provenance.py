@@ -36,6 +36,7 @@ def measure_provenance(
     source: ModelSource,
     model: nn.Module,
     calibration: Int[Tensor, "nsamples seqlen"],
+    calibration_bos: bool | None = None,
 ) -> Provenance:
     """Collect the provenance of a run whose model and calibration tokens are loaded."""
     device = next(model.parameters()).device
@@ -59,6 +60,8 @@ def measure_provenance(
         model_files=content_hash(source.directory),
         model_revision=source.commit,
         calibration_sha256=token_hash(calibration),
+        calibration_samples=len(calibration),
+        calibration_bos=calibration_bos,
     )
 
 

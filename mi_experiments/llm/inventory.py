@@ -74,6 +74,11 @@ class LinearView:
         """Input dimension: the number of channels."""
         return self._weight.shape[1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format that the model holds the weight in."""
+        return self._weight.dtype
+
     def stored_as(self, transposed: bool) -> "LinearView":
         """Return the view of the same weight for a given orientation, itself if it is that."""
         return self if transposed is self.transposed else replace(self, transposed=transposed)
