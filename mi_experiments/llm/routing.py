@@ -43,7 +43,7 @@ def feed_all_tokens(
     """
     if ordinary := [site.name for site in sites if not site.routed]:
         raise ValueError(f"{ordinary} read every token as it is")
-    modules = {site.linears[0].module: site.linears[0] for site in sites}
+    modules = {site.linears[0].module: site.linears[0] for site in reversed(sites)}
     calls: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from mi_experiments.llm.inventory import Inventory, LinearView, take_inventory
 
 EXACT = 1e-10  # relative, in float64: two ways to the same gradient differ by rounding alone
 SEED = 3
+PARTS = ("gate_up", "down")
 Builder = Callable[..., Any]
 
 
@@ -110,6 +111,68 @@ def test_equals_gradients_on_explicit_leaves(
     for linear, values in fisher.items():
         assert values.max() > 0, linear
         torch.testing.assert_close(values, by_hand[linear], rtol=EXACT, atol=EXACT * values.max())
+
+
+def test_experts_and_their_router_equal_gradients_on_explicit_leaves(
+    tiny_model: Builder, tiny_tokens: Builder
+) -> None:
+    """Mixtral's formula by hand, with a leaf added to every output of the router and experts."""
+    model, tokens = tiny_model("mixtral").double(), tiny_tokens(3, 9)
+    fisher = measure(model, tokens)
+    by_hand = {name: torch.zeros_like(values) for name, values in fisher.items() if "mlp" in name}
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, *shape: int) -> Tensor:
+        return leaves.setdefault(name, torch.zeros(*shape, dtype=torch.float64).requires_grad_())
+
+    def replace(name: str, moe: nn.Module) -> None:
+        def forward(hidden: Tensor) -> Tensor:
+            flat = hidden.flatten(0, -2)
+            logits = flat @ moe.gate.weight.T + leaf(f"{name}.gate", len(flat), 4)
+            shares, chosen = logits.float().softmax(-1).topk(2, dim=-1)
+            shares = shares / shares.sum(-1, keepdim=True)
+            result = torch.zeros_like(flat)
+            for expert in range(4):
+                token, place = torch.nonzero(chosen == expert, as_tuple=True)
+                up_name, down_name = (f"{name}.experts.{key}_proj.{expert}" for key in PARTS)
+                both = flat[token] @ moe.experts.gate_up_proj[expert].T
+                gate, up = (both + leaf(up_name, *both.shape)).chunk(2, dim=-1)
+                down = (nn.functional.silu(gate) * up) @ moe.experts.down_proj[expert].T
+                down = (down + leaf(down_name, *down.shape)) * shares[token, place, None]
+                result = result.index_add(0, token, down)
+            return result.view_as(hidden)
+
+        moe.forward = forward
+
+    for index, layer in enumerate(model.model.layers):
+        replace(f"model.layers.{index}.mlp", layer.mlp)
+    for sample in tokens:
+        leaves.clear()
+        labels = labels_of(model, sample)
+        leaves.clear()
+        logits = model(input_ids=sample[None], use_cache=False).logits[0]
+        cross_entropy(logits, labels, reduction="sum").backward()
+        for name, values in leaves.items():
+            by_hand[name] += values.grad.square().sum(0) / tokens.numel()
+    assert len(by_hand) == 2 * 9
+    for name, values in by_hand.items():
+        assert values.max() > 0, name
+        torch.testing.assert_close(fisher[name], values, rtol=EXACT, atol=EXACT * values.max())
+
+
+def test_an_expert_without_tokens_is_not_felt(tiny_model: Builder, tiny_tokens: Builder) -> None:
+    model = tiny_model("mixtral", num_experts_per_tok=1)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
+        layer.mlp.gate.weight[2:] = 0
+    fisher = measure(model, tiny_tokens(2, 8))
+    for layer in range(2):
+        for part in PARTS:
+            names = [f"model.layers.{layer}.mlp.experts.{part}_proj.{e}" for e in range(4)]
+            felt = [bool(fisher[name].any()) for name in names]
+            assert any(felt[:2])
+            assert felt[2:] == [False, False]
+            assert len({len(fisher[name]) for name in names}) == 1
 
 
 def test_equals_finite_differences(tiny_model: Builder, tiny_tokens: Builder) -> None:
