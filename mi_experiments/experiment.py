@@ -23,6 +23,7 @@ from mi_experiments.llm.loading import OpenModel, choose_device, locate_model, o
 from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.windows import adds_bos
 from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, plan_compression
@@ -40,7 +41,7 @@ from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
-from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
+from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,7 @@ def open_run(
     """Find the model and the texts, and what an earlier process finished of the same run."""
     memory = plan_run(config, recorder.run_dir)
     progress.say(in_a_line(memory))
+    find_texts(config)
     source = locate_model(
         find_model(config.model.path),
         revision=config.model.revision,
@@ -167,7 +169,8 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
-    provenance = measure_provenance(config, source, opened.model, calibration)
+    bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
+    provenance = measure_provenance(config, source, opened.model, calibration, bos)
     recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
     return Run(
@@ -234,6 +237,7 @@ def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: 
         dropped_tokens=text.dropped_tokens,
         tokens_sha256=text.sha256,
         floor=text.floor,
+        bos=text.bos,
     )
 
 

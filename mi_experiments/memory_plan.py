@@ -15,12 +15,15 @@ import torch
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config, Dtype
+from mi_experiments.drafts import sparsity_of
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.loading import choose_device, load_skeleton
+from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.pipeline import corrects_targets
+from mi_experiments.plan import check_count
 
 GIB, MIB = 2**30, 2**20
 
@@ -180,7 +183,18 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
         run_dir: receives the records.
 
     Raises:
-        InputError: it does not fit.
+        InputError: it does not fit, or a linear does not fit what is asked for.
+    """
+    model, blocks = outline_model(config)
+    room = find_room(choose_device(config.model.device), run_dir, config)
+    return plan_memory(measure_needs(model, blocks, config), room, config)
+
+
+def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
+    """Return the shapes of a model and of its blocks, having checked that all of them can be met.
+
+    Raises:
+        InputError: a linear has fewer channels than groups, or no whole number of n:m windows.
     """
     model = load_skeleton(
         find_model(config.model.path),
@@ -194,8 +208,12 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
         ignore=tuple(config.model.ignore),
         path=config.model.blocks,
     )
-    room = find_room(choose_device(config.model.device), run_dir, config)
-    return plan_memory(measure_needs(model, blocks, config), room, config)
+    linears = [linear for block in blocks for site in block.sites for linear in site.linears]
+    columns = {linear.name: linear.columns for linear in linears}
+    check_dimensions(columns, sparsity_of(config), config.sparsity.mask_block)
+    for name, count in columns.items():
+        check_count(count, name, config.n_groups)
+    return model, blocks
 
 
 def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Config) -> Needs:
