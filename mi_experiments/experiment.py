@@ -254,7 +254,7 @@ def make_plan(run: Run) -> Plan:
                 on_block,
                 weights=run.opened.weights,
                 allocate=run.allocate,
-                statistics=run.memory.statistics,
+                hessian_bytes=run.memory.hessian_bytes,
                 commits=run.commits,
             )
         run.commits.commit({PLAN: plan.stored()})
@@ -295,7 +295,7 @@ def compress(run: Run, plan: Plan) -> None:
             on_linear,
             weights=run.opened.weights,
             allocate=run.allocate,
-            statistics=run.memory.statistics,
+            hessian_bytes=run.memory.hessian_bytes,
             restore=restore,
         )
         for block in blocks:

@@ -42,18 +42,18 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
     return {name: accumulator.finish() for name, accumulator in accumulators.items()}
 
 
-def in_passes(sites: Sequence[Site], statistics: int | None) -> Iterator[list[Site]]:
+def in_passes(sites: Sequence[Site], hessian_bytes: int | None) -> Iterator[list[Site]]:
     """Divide sites, in order, into those whose Hessians are measured in one pass.
 
     Args:
         sites: whose inputs do not depend on what is done with the others.
-        statistics: bytes that their Hessians may take together; None for no limit.
+        hessian_bytes: bytes that their Hessians may take together; None for no limit.
     """
     chosen: list[Site] = []
     size = 0
     for site in sites:
         needed = 4 * site.columns**2
-        if chosen and statistics is not None and size + needed > statistics:
+        if chosen and hessian_bytes is not None and size + needed > hessian_bytes:
             yield chosen
             chosen, size = [], 0
         chosen.append(site)

@@ -103,7 +103,7 @@ class MemoryPlan:
         accelerator: bytes that will be used of the accelerator; None where blocks run on the CPU.
         host: bytes that will be used of host memory.
         disk: bytes that will be used of the disk.
-        statistics: bytes that the Hessians measured in one pass may take.
+        hessian_bytes: bytes that the Hessians measured in one pass may take.
         wave_tokens: tokens of an evaluation text whose hidden states may exist at one time.
     """
 
@@ -113,7 +113,7 @@ class MemoryPlan:
     accelerator: int | None
     host: int
     disk: int
-    statistics: int
+    hessian_bytes: int
     wave_tokens: int
 
 
@@ -167,7 +167,7 @@ def plan_memory(needs: Needs, room: Room, config: Config) -> MemoryPlan:
         else needs.working + needs.activations * (place is Place.accelerator),
         host=on_host + needs.activations * (place is Place.host),
         disk=needs.stored + needs.activations * (place is Place.disk),
-        statistics=max(needs.hessian, spare // 2),
+        hessian_bytes=max(needs.hessian, spare // 2),
         wave_tokens=max(tokens, config.evaluation.batch_tokens),
     )
 

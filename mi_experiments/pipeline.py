@@ -92,7 +92,7 @@ def compress_model(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
     restore: Callable[[int], bool] = lambda block: False,
 ) -> Iterator[CompressedBlock]:
     """Prune and quantize every linear of the model, in place, block after block.
@@ -106,7 +106,7 @@ def compress_model(
         weights: loads each block when its turn comes and drops it afterwards; None for a model that
             holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
-        statistics: bytes that Hessians measured in one pass may take; None for no limit.
+        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
         restore: puts the weights of a block that was compressed earlier into the model, or answers
             no; such a block is not yielded.
 
@@ -131,7 +131,7 @@ def compress_model(
         twins = Twins.open(block, dense) if corrects_targets(config) else None
         if not restore(block.index):
             linears = []
-            for site, hessian, drift in measure_sites(block, twins, config, statistics):
+            for site, hessian, drift in measure_sites(block, twins, config, hessian_bytes):
                 with site_context(block, site):
                     statistics = factorize_site(hessian, drift, plan.sparsity, config)
                     for linear in site.linears:
@@ -147,7 +147,7 @@ def corrects_targets(config: Config) -> bool:
 
 
 def measure_sites(
-    block: Block, twins: Twins | None, config: Config, statistics: int | None = None
+    block: Block, twins: Twins | None, config: Config, hessian_bytes: int | None = None
 ) -> Iterator[tuple[Site, Hessian, Drift | None]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
@@ -162,7 +162,7 @@ def measure_sites(
         if twins is not None and not sites[0].routed:
             yield sites[0], *measure_twins(twins, sites[0], config)
             continue
-        for together in in_passes(sites, statistics):
+        for together in in_passes(sites, hessian_bytes):
             hessians = measure_hessians(block, together, config)
             for site in together:
                 yield site, hessians.pop(site.name), None
