@@ -113,9 +113,13 @@ def test_what_cannot_be_shown_all_tokens_is_refused(
     block = next(walk_blocks(tiny_model("llama4"), tiny_tokens(2, SEQLEN), batch_size=2))
     routed = [site for site in block.sites if site.routed]
     with pytest.raises(
-        InputError, match=r"experts\.gate_up_proj cannot be calibrated on all tokens"
+        InputError, match=r"experts\.gate_up_proj\.0 cannot be calibrated on all tokens"
     ):
         feed_all_tokens(block, routed, lambda site, x: None)
+    block = next(walk_blocks(tiny_model("mixtral"), tiny_tokens(2, SEQLEN), batch_size=2))
+    block.module.mlp.experts.forward = lambda hidden, chosen, shares: hidden
+    with pytest.raises(InputError, match=r"down_proj\.3 cannot be calibrated on all tokens"):
+        feed_all_tokens(block, block.sites[-1:], lambda site, x: None)
     walk = walk_blocks(tiny_model("mixtral"), tiny_tokens(2, SEQLEN), batch_size=2)
     first, _ = next(walk), next(walk)
     with pytest.raises(RuntimeError, match=r"the walk has left model\.layers\.0"):
