@@ -4,9 +4,10 @@ import gc
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from mi_experiments.config import Config, Export, ModelConfig
 from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.errors import AuditError, MiError, ResumableError
+from mi_experiments.errors import MiError, NumericalError, ResumableError
 from mi_experiments.llm.activations import Place, allocator
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import ModelSource, OpenModel, locate_model, open_model
 from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.screening import OnNonfinite, screen_samples
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, plan_compression
@@ -32,7 +34,6 @@ from mi_experiments.record import (
     Evaluation,
     LinearReport,
     Result,
-    total_bits,
     weighted_mean,
 )
 from mi_experiments.recorder import Recorder
@@ -41,6 +42,7 @@ from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
 from mi_experiments.tracking import Tracker
+from mi_experiments.verdict import check_budget, check_fallbacks
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +106,10 @@ def run_experiment(
     recorder = Recorder(config, run_dir)
     recorder.update()
     try:
-        with reproducible_arithmetic(config.seed):
+        with reproducible_arithmetic(config.seed), recorder.count_retries():
             run = compute(config, recorder, tracker, progress, stop or StopRequest())
+        if recorder.result.bits is not None:
+            check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
         recorder.update(status="completed")
         tidy(run)
     except BaseException as error:
@@ -126,6 +130,9 @@ def compute(
     """Do the work of one run, phase by phase."""
     with recorder.phase("load"):
         run = open_run(config, recorder, tracker, progress, stop)
+    if config.dataset.on_nonfinite is OnNonfinite.drop:
+        with recorder.phase("screen"):
+            run = screen_calibration(run)
     with recorder.phase("evaluate dense"):
         evaluate(run, "dense", run.opened.weights)
     with recorder.phase("plan"):
@@ -177,6 +184,48 @@ def open_run(
         progress=progress,
         stop=stop,
     )
+
+
+def screen_calibration(run: Run) -> Run:
+    """Leave out the samples that are not finite in the dense model, and record which they are.
+
+    Raises:
+        NumericalError: more than half of them are.
+    """
+    weights, name = run.opened.weights, "evaluations/screening.json"
+    dropped = run.commits.read_json(name)
+    if dropped is None:
+        with run.progress.task("screen", total=len(weights.blocks)) as advance:
+
+            def on_block() -> None:
+                advance()
+                run.stop.check()
+
+            dropped = screen_samples(
+                run.opened.model,
+                run.calibration,
+                batch_size=run.config.dataset.batch_size,
+                path=weights.path,
+                weights=weights,
+                allocate=run.allocate,
+                on_block=on_block,
+            )
+        run.commits.commit({name: json.dumps(dropped).encode()})
+    rejected = {int(index): where for index, where in dropped.items()}
+    run.recorder.update(dropped={f"sample {index}": where for index, where in rejected.items()})
+    if not rejected:
+        return run
+    index, where = next(iter(rejected.items()))
+    count = len(run.calibration)
+    line = (
+        f"{len(rejected)} of {count} calibration samples are not finite in the dense model, "
+        f"the first sample {index} in {where}"
+    )
+    if 2 * len(rejected) > count:
+        raise NumericalError(f"{line}: more than half; try model.dtype=float32, or other texts")
+    log.warning("%s: left out", line)
+    kept = [index for index in range(count) if index not in rejected]
+    return replace(run, calibration=run.calibration[kept])
 
 
 def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
@@ -324,15 +373,14 @@ def totals(run: Run, plan: Plan) -> dict[str, Any]:
         AuditError: the realised average is above the requested one.
     """
     linears, model = run.recorder.linears, run.config.model
-    bits = total_bits(linears, plan.requested)
-    if round(bits.average, 12) > plan.requested:
-        raise AuditError(f"average bits {bits.average} are above the requested {plan.requested}")
+    bits = check_budget(linears, plan)
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
     return {
         "bits": bits,
         "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
         "weights": sum(linear.weights for linear in linears),
         "coverage": inventory.coverage,
+        "statuses": dict(Counter(linear.status for linear in linears)),
     }
 
 
