@@ -46,3 +46,9 @@ class ResumableError(MiError):
 
 class MemoryShortage(ResumableError):
     """Memory does not suffice, of the accelerator or of the host, even in the smallest pieces."""
+
+
+def require(key: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise the one line that a person needs when a value is out of its range."""
+    if not holds:
+        raise InputError(f"{key}={value} is not allowed: {allowed}")

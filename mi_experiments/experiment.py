@@ -4,27 +4,26 @@ import gc
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_experiments.config import Config, Export, ModelConfig
-from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.errors import MiError, NumericalError, ResumableError
-from mi_experiments.llm.activations import Place, allocator
+from mi_experiments.config import Config, Export
+from mi_experiments.embedded import find_model
+from mi_experiments.errors import MiError, ResumableError
+from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.inventory import take_inventory
-from mi_experiments.llm.loading import ModelSource, OpenModel, locate_model, open_model
+from mi_experiments.llm.loading import OpenModel, choose_device, locate_model, open_model
 from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
-from mi_experiments.llm.screening import OnNonfinite, screen_samples
+from mi_experiments.llm.screening import OnNonfinite
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, plan_compression
 from mi_experiments.progress import Progress
@@ -34,15 +33,15 @@ from mi_experiments.record import (
     Evaluation,
     LinearReport,
     Result,
-    weighted_mean,
 )
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.screen import screen_calibration
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
 from mi_experiments.tracking import Tracker
-from mi_experiments.verdict import check_budget, check_fallbacks
+from mi_experiments.verdict import check_fallbacks, totals
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ class Run:
         calibration: token ids.
         commits: what is finished.
         stored: the compressed blocks.
+        memory: what lives where.
         allocate: makes room for hidden states.
         recorder: of the result.
         tracker: of the run.
@@ -73,6 +73,7 @@ class Run:
     calibration: Int[Tensor, "nsamples seqlen"]
     commits: Commits
     stored: StoredModel
+    memory: MemoryPlan
     allocate: Allocate
     recorder: Recorder
     tracker: Tracker
@@ -132,7 +133,7 @@ def compute(
         run = open_run(config, recorder, tracker, progress, stop)
     if config.dataset.on_nonfinite is OnNonfinite.drop:
         with recorder.phase("screen"):
-            run = screen_calibration(run)
+            run = screen(run)
     with recorder.phase("evaluate dense"):
         evaluate(run, "dense", run.opened.weights)
     with recorder.phase("plan"):
@@ -151,7 +152,13 @@ def open_run(
     config: Config, recorder: Recorder, tracker: Tracker, progress: Progress, stop: StopRequest
 ) -> Run:
     """Find the model and the texts, and what an earlier process finished of the same run."""
-    source = find_model(config.model)
+    memory = plan_run(config, recorder.run_dir)
+    progress.say(in_a_line(memory))
+    source = locate_model(
+        find_model(config.model.path),
+        revision=config.model.revision,
+        offline=config.model.offline,
+    )
     device = choose_device(config.model.device)
     opened = open_model(
         str(source.directory),
@@ -168,9 +175,6 @@ def open_run(
     provenance = measure_provenance(config, source, opened.model, calibration)
     recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
-    place = config.memory.activations
-    if place is Place.auto:
-        place = Place.accelerator
     return Run(
         config=config,
         opened=opened,
@@ -178,7 +182,8 @@ def open_run(
         calibration=calibration,
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
-        allocate=allocator(place, torch.device(device), recorder.run_dir),
+        memory=memory,
+        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,
         progress=progress,
@@ -186,46 +191,24 @@ def open_run(
     )
 
 
-def screen_calibration(run: Run) -> Run:
-    """Leave out the samples that are not finite in the dense model, and record which they are.
+def screen(run: Run) -> Run:
+    """Leave out the calibration samples that are not finite in the dense model."""
+    with run.progress.task("screen", total=len(run.opened.weights.blocks)) as advance:
 
-    Raises:
-        NumericalError: more than half of them are.
-    """
-    weights, name = run.opened.weights, "evaluations/screening.json"
-    dropped = run.commits.read_json(name)
-    if dropped is None:
-        with run.progress.task("screen", total=len(weights.blocks)) as advance:
+        def on_block() -> None:
+            advance()
+            run.stop.check()
 
-            def on_block() -> None:
-                advance()
-                run.stop.check()
-
-            dropped = screen_samples(
-                run.opened.model,
-                run.calibration,
-                batch_size=run.config.dataset.batch_size,
-                path=weights.path,
-                weights=weights,
-                allocate=run.allocate,
-                on_block=on_block,
-            )
-        run.commits.commit({name: json.dumps(dropped).encode()})
-    rejected = {int(index): where for index, where in dropped.items()}
-    run.recorder.update(dropped={f"sample {index}": where for index, where in rejected.items()})
-    if not rejected:
-        return run
-    index, where = next(iter(rejected.items()))
-    count = len(run.calibration)
-    line = (
-        f"{len(rejected)} of {count} calibration samples are not finite in the dense model, "
-        f"the first sample {index} in {where}"
-    )
-    if 2 * len(rejected) > count:
-        raise NumericalError(f"{line}: more than half; try model.dtype=float32, or other texts")
-    log.warning("%s: left out", line)
-    kept = [index for index in range(count) if index not in rejected]
-    return replace(run, calibration=run.calibration[kept])
+        calibration, dropped = screen_calibration(
+            run.opened,
+            run.calibration,
+            run.config.dataset.batch_size,
+            allocate=run.allocate,
+            commits=run.commits,
+            on_block=on_block,
+        )
+    run.recorder.update(dropped=dropped)
+    return replace(run, calibration=calibration)
 
 
 def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
@@ -245,7 +228,7 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
 def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
     """Measure the perplexity of a model on one text."""
     evaluation = run.config.evaluation
-    wave_tokens = sum(map(len, text.windows))
+    wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
     with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
 
@@ -296,6 +279,7 @@ def make_plan(run: Run) -> Plan:
                 on_block,
                 weights=run.opened.weights,
                 allocate=run.allocate,
+                statistics=run.memory.statistics,
                 commits=run.commits,
             )
         run.commits.commit({PLAN: plan.stored()})
@@ -336,13 +320,16 @@ def compress(run: Run, plan: Plan) -> None:
             on_linear,
             weights=run.opened.weights,
             allocate=run.allocate,
+            statistics=run.memory.statistics,
             restore=restore,
         )
         for block in blocks:
             run.stored.store(block)
             for linear in block.linears:
                 record(linear.report)
-    run.recorder.update(**totals(run, plan))
+    model = run.config.model
+    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
+    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
     run.commits.adopt(LINEARS)
 
 
@@ -350,38 +337,6 @@ def tidy(run: Run) -> None:
     """Remove what only served to continue the run, and the compressed model if nobody wants it."""
     kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[run.config.export]
     run.commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
-
-
-def find_model(model: ModelConfig) -> ModelSource:
-    """Find the model's files: those of the package, a directory, or the hub."""
-    if model.path == "embedded":
-        return ModelSource(MODEL_DIRECTORY, None)
-    return locate_model(model.path, revision=model.revision, offline=model.offline)
-
-
-def choose_device(device: str) -> str:
-    """Resolve `auto`: the accelerator where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def totals(run: Run, plan: Plan) -> dict[str, Any]:
-    """Sum up all linears and hold the model to its budget.
-
-    Raises:
-        AuditError: the realised average is above the requested one.
-    """
-    linears, model = run.recorder.linears, run.config.model
-    bits = check_budget(linears, plan)
-    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
-    return {
-        "bits": bits,
-        "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
-        "weights": sum(linear.weights for linear in linears),
-        "coverage": inventory.coverage,
-        "statuses": dict(Counter(linear.status for linear in linears)),
-    }
 
 
 @contextmanager

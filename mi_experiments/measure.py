@@ -46,6 +46,26 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
     return until_it_fits(measure, block.stream.shrink)
 
 
+def in_passes(sites: Sequence[Site], statistics: int | None) -> Iterator[list[Site]]:
+    """Divide sites, in order, into those whose Hessians are measured in one pass.
+
+    Args:
+        sites: whose inputs do not depend on what is done with the others.
+        statistics: bytes that their Hessians may take together; None for no limit.
+    """
+    chosen: list[Site] = []
+    size = 0
+    for site in sites:
+        needed = 4 * site.columns**2
+        if chosen and statistics is not None and size + needed > statistics:
+            yield chosen
+            chosen, size = [], 0
+        chosen.append(site)
+        size += needed
+    if chosen:
+        yield chosen
+
+
 def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:
     """Return the Hessian of what a site reads now, and how far that is from the dense model.
 

@@ -25,7 +25,7 @@ from mi_experiments.llm.replay import Allocate, Stream
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
-from mi_experiments.measure import measure_hessians, measure_twins, site_context
+from mi_experiments.measure import in_passes, measure_hessians, measure_twins, site_context
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.hessian import Hessian
 from mi_experiments.method.pruning import Sparsity
@@ -82,6 +82,7 @@ def compress_model(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
+    statistics: int | None = None,
     restore: Callable[[int], bool] = lambda block: False,
 ) -> Iterator[CompressedBlock]:
     """Prune and quantize every linear of the model, in place, block after block.
@@ -95,6 +96,7 @@ def compress_model(
         weights: loads each block when its turn comes and drops it afterwards; None for a model that
             holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
+        statistics: bytes that Hessians measured in one pass may take; None for no limit.
         restore: puts the weights of a block that was compressed earlier into the model, or answers
             no; such a block is not yielded.
 
@@ -125,10 +127,11 @@ def compress_model(
         if not restore(block.index):
             check_weights(block.linears)
             linears = []
-            for site, statistics in measure_statistics(block, twins, plan.sparsity, config):
+            found = measure_statistics(block, twins, plan.sparsity, config, statistics)
+            for site, shared in found:
                 for linear in site.linears:
                     with site_context(block, site, linear):
-                        linears.append(compress_linear(linear, statistics, plan, config))
+                        linears.append(compress_linear(linear, shared, plan, config))
                     on_linear(linears[-1].report)
             yield CompressedBlock(block.index, linears)
         dense = twins.advance() if twins else None
@@ -155,10 +158,14 @@ def check_weights(linears: Iterable[LinearView]) -> None:
 
 
 def measure_statistics(
-    block: Block, twins: Twins | None, sparsity: Sparsity, config: Config
+    block: Block,
+    twins: Twins | None,
+    sparsity: Sparsity,
+    config: Config,
+    statistics: int | None = None,
 ) -> Iterator[tuple[Site, SiteStatistics]]:
     """Measure and factorize each site when it is asked for."""
-    sites = measure_sites(block, twins, config)
+    sites = measure_sites(block, twins, config, statistics)
     while True:
         # Only while measuring: what the caller does with a site is counted there.
         with count_retries() as retries:
@@ -167,12 +174,12 @@ def measure_statistics(
             return
         site, hessian, drift = found
         with site_context(block, site):
-            statistics = factorize_site(hessian, drift, sparsity, config)
-        yield site, replace(statistics, retries=retries.count)
+            shared = factorize_site(hessian, drift, sparsity, config)
+        yield site, replace(shared, retries=retries.count)
 
 
 def measure_sites(
-    block: Block, twins: Twins | None, config: Config
+    block: Block, twins: Twins | None, config: Config, statistics: int | None = None
 ) -> Iterator[tuple[Site, Hessian, Drift | None]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
@@ -187,9 +194,10 @@ def measure_sites(
         if twins is not None and not sites[0].routed:
             yield sites[0], *measure_twins(twins, sites[0], config)
             continue
-        hessians = measure_hessians(block, sites, config)
-        for site in sites:
-            yield site, hessians.pop(site.name), None
+        for together in in_passes(sites, statistics):
+            hessians = measure_hessians(block, together, config)
+            for site in together:
+                yield site, hessians.pop(site.name), None
 
 
 def compress_linear(

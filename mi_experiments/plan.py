@@ -23,7 +23,7 @@ from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
-from mi_experiments.measure import measure_hessians, measure_loss, site_context
+from mi_experiments.measure import in_passes, measure_hessians, measure_loss, site_context
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import Grouping
@@ -132,6 +132,7 @@ def plan_compression(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
+    statistics: int | None = None,
     commits: Commits | None = None,
 ) -> Plan:
     """Group the channels of every site and allocate the bit budget.
@@ -143,6 +144,7 @@ def plan_compression(
         on_block: called with the name of each block when its sites are priced, for progress.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
+        statistics: bytes that Hessians measured in one pass may take; None for no limit.
         commits: keep and give back the drafts of finished blocks.
 
     Returns:
@@ -171,7 +173,7 @@ def plan_compression(
         )
         for block in walk:
             if block.index not in finished:
-                finished[block.index] = draft_block(block, fisher, activations, config)
+                finished[block.index] = draft_block(block, fisher, activations, config, statistics)
                 if commits is not None and activations:
                     commits.commit({draft_name(block.index): finished[block.index].stored()})
             on_block(block.name)
@@ -185,18 +187,25 @@ def plan_compression(
 
 
 def draft_block(
-    block: Block, fisher: Mapping[str, Float[Tensor, "_"]], activations: bool, config: Config
+    block: Block,
+    fisher: Mapping[str, Float[Tensor, "_"]],
+    activations: bool,
+    config: Config,
+    statistics: int | None = None,
 ) -> Draft:
     """Group the channels of a block's sites and price every group at every width."""
     linears: list[DraftLinear] = []
     information: dict[str, InformationSummary] = {}
-    hessians = measure_hessians(block, block.sites, config) if activations else {}
-    for site in block.sites:
-        with site_context(block, site):
-            drafts, summary = draft_site(block, site, hessians.pop(site.name, None), fisher, config)
-        linears += drafts
-        if summary is not None:
-            information[drafts[0].site] = summary
+    for sites in in_passes(block.sites, statistics if activations else None):
+        hessians = measure_hessians(block, sites, config) if activations else {}
+        for site in sites:
+            with site_context(block, site):
+                drafts, summary = draft_site(
+                    block, site, hessians.pop(site.name, None), fisher, config
+                )
+            linears += drafts
+            if summary is not None:
+                information[drafts[0].site] = summary
     return Draft(linears, information)
 
 

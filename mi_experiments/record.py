@@ -112,7 +112,7 @@ class Evaluation:
 
     Attributes:
         protocol: name of the evaluation protocol.
-        windows: how the text was cut: `joined` or `documents`.
+        windows: how the text was cut: `joined`, `documents` or `sampled`.
         seqlen: tokens in a window, at most.
         nll: mean negative log-likelihood per predicted token, nats.
         perplexity: exp(nll).
@@ -122,6 +122,7 @@ class Evaluation:
         dropped_tokens: tokens at the end that filled no window.
         tokens_sha256: content hash of the windows.
         floor: perplexity of the true distribution on the same tokens, where it is known.
+        bos: whether a beginning token was put before each text; None in records without it.
     """
 
     protocol: str
@@ -135,6 +136,7 @@ class Evaluation:
     dropped_tokens: int
     tokens_sha256: str
     floor: float | None
+    bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,10 @@ class Provenance:
         model_files: SHA-256 of each file of the model.
         model_revision: commit that a hub id resolved to; None for a directory.
         calibration_sha256: content hash of the calibration tokens.
+        calibration_samples: sequences that there were, fewer than asked if that was allowed; None
+            in records without it.
+        calibration_bos: whether a beginning token was put before each calibration document; None
+            in records without it.
     """
 
     numerics_version: int
@@ -168,6 +174,8 @@ class Provenance:
     model_files: dict[str, str]
     model_revision: str | None
     calibration_sha256: str | None
+    calibration_samples: int | None = None
+    calibration_bos: bool | None = None
 
 
 @dataclass(frozen=True)

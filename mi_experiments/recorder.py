@@ -27,6 +27,7 @@ class Recorder:
         self.run_dir = run_dir
         self.linears: list[LinearReport] = []
         self.retries = Retries()
+        self.earlier_retries = 0
         self.result = Result(
             status="running",
             error=None,
@@ -46,10 +47,12 @@ class Recorder:
             # Of an earlier process only its time counts: all else is committed, or done again.
             earlier = read_result(run_dir)
             self.result = replace(self.result, seconds=earlier.seconds, resumed=earlier.resumed + 1)
+            self.earlier_retries = earlier.retries
 
     def update(self, **changes: Any) -> None:
         """Change fields of the result and write it."""
-        changes |= {"memory": peak_memory(), "retries": self.retries.count}
+        retries = self.earlier_retries + self.retries.count
+        changes |= {"memory": peak_memory(), "retries": retries}
         self.result = replace(self.result, **changes)
         write_result(self.result, self.run_dir)
         if self.linears:

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from mi_experiments.errors import AuditError, NumericalError
 from mi_experiments.method.storage import average_bits
@@ -17,8 +18,8 @@ FALLEN_BACK = ("escalated", "skipped")
 def check_budget(linears: Sequence[LinearReport], plan: Plan) -> Bits:
     """Return the bits of all linears, and hold those that were compressed to their budget.
 
-    A skipped linear counts what it is, 16 bits, in the average that is returned, which may so exceed
-    what was requested. The budget holds with the bits that the skipped ones were to get.
+    A skipped linear counts what it is, 16 bits, in the average that is returned, which so may be
+    above what was requested. The budget is held with the bits that it was to get.
 
     Raises:
         AuditError: the compressed linears took more than their share of the budget.
@@ -33,6 +34,20 @@ def check_budget(linears: Sequence[LinearReport], plan: Plan) -> Bits:
     if round(average, 12) > plan.requested:
         raise AuditError(f"average bits {average} are above the requested {plan.requested}")
     return total_bits(linears, plan.requested)
+
+
+def totals(linears: Sequence[LinearReport], plan: Plan) -> dict[str, Any]:
+    """Sum up all linears, as fields of the result, and hold the model to its budget.
+
+    Raises:
+        AuditError: the compressed linears took more than their share of the budget.
+    """
+    return {
+        "bits": check_budget(linears, plan),
+        "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
+        "weights": sum(linear.weights for linear in linears),
+        "statuses": dict(Counter(linear.status for linear in linears)),
+    }
 
 
 def check_fallbacks(linears: Sequence[LinearReport], bits: Bits, max_escalated: float) -> None:

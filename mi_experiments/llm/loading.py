@@ -252,6 +252,13 @@ def _take_generation_settings(model: PreTrainedModel, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
+def choose_device(device: str) -> str:
+    """Resolve `auto`: the accelerator where there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def content_hash(directory: str | Path) -> dict[str, str]:
     """Hash every file of a model that can influence its numbers.
 

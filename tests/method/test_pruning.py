@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.errors import InputError
+from mi_experiments.method.pruning import Sparsity, check_dimensions, choose_pruned
 
 
 @settings(deadline=None, max_examples=60)
@@ -87,3 +88,27 @@ def test_an_empty_window_is_refused():
 )
 def test_pattern_bits_by_hand_count(sparsity, bits):
     assert sparsity.pattern_bits_per_weight == bits
+
+
+MLP = {"block.0.up_proj": 32, "block.0.down_proj": 44}
+
+
+@pytest.mark.parametrize(
+    "sparsity", [Sparsity(0.5), Sparsity(0.0), Sparsity.structured(2, 4), Sparsity.structured(1, 2)]
+)
+def test_dimensions_that_a_pattern_fits_are_accepted(sparsity):
+    check_dimensions(MLP, sparsity, mask_block=32)
+    for columns in MLP.values():
+        choose_pruned(torch.zeros(2, columns), sparsity)
+
+
+def test_a_linear_that_no_whole_number_of_windows_covers_is_named():
+    with pytest.raises(InputError, match=r"block\.0\.down_proj has 44 columns.* m = 8 for .* 4:8:"):
+        check_dimensions(MLP, Sparsity.structured(4, 8), mask_block=32)
+    with pytest.raises(InputError, match=r"down_proj has 44 columns.*, and so have 1 more: "):
+        check_dimensions(MLP | {"x": 4}, Sparsity.structured(4, 8), mask_block=32)
+
+
+def test_a_mask_block_that_cuts_a_window_is_refused():
+    with pytest.raises(InputError, match=r"sparsity\.mask_block=30 is not a multiple of m = 4"):
+        check_dimensions(MLP, Sparsity.structured(2, 4), mask_block=30)
