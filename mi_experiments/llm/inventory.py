@@ -84,8 +84,9 @@ class LinearView:
         return self if transposed is self.transposed else replace(self, transposed=transposed)
 
     def read_weight(self) -> Float[Tensor, "rows columns"]:
-        """Copy the weight to float32."""
-        return self._weight.detach().to(torch.float32, copy=True).contiguous()
+        """Copy the weight to float32, or float64 as it is."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return self._weight.detach().to(dtype, copy=True).contiguous()
 
     @torch.no_grad()
     def write_weight(self, weight: Float[Tensor, "rows columns"]) -> None:

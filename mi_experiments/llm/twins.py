@@ -72,7 +72,19 @@ class Twins:
         """
         if stream is None:
             stream = block.stream.fork()
+        # One of them may have met a shortage of memory that the other did not.
+        size = min(stream.batch_size, block.stream.batch_size)
+        stream.batch_size = block.stream.batch_size = size
         return cls(block, block.copy(stream))
+
+    def shrink(self, reason: str) -> None:
+        """Halve the samples per forward pass of both, because memory is short.
+
+        Raises:
+            MemoryShortage: It is one sample already.
+        """
+        self.block.stream.shrink(reason)
+        self.dense.stream.batch_size = self.block.stream.batch_size
 
     def observe(self, site: Site) -> Iterator[Observation]:
         """Run both models on the same samples up to a site, a batch at a time.

@@ -24,7 +24,7 @@ def test_unstructured_prunes_exactly_the_count_with_the_smallest_scores(
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(distinct, (rows, columns), generator=generator).float()
     pruned = choose_pruned(score, Sparsity(ratio))
-    count = round(ratio * rows * columns)
+    count = round(ratio * (rows * columns))
     assert pruned.sum() == count
     assert torch.equal(score[pruned].sort().values, score.flatten().sort().values[:count])
     assert torch.equal(pruned, choose_pruned(score, Sparsity(ratio)))
