@@ -9,11 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Allocation, Config, Cost
-from mi_experiments.errors import MiError
+from mi_experiments.config import Allocation, Config, Cost, ScarceTokens
+from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.blocks import Block, held
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.routing import feed_all_tokens
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
@@ -64,6 +65,45 @@ def in_passes(sites: Sequence[Site], hessian_bytes: int | None) -> Iterator[list
         size += needed
     if chosen:
         yield chosen
+
+
+def measure_scarce(
+    block: Block, hessians: dict[str, Hessian], sites: Sequence[Site], config: Config
+) -> dict[str, Hessian]:
+    """Measure experts that too few tokens are routed to on all tokens that enter their module.
+
+    Args:
+        block: at which the walk stands.
+        hessians: of the sites, on their own tokens.
+        sites: of one pass.
+        config: of the run.
+
+    Returns:
+        The Hessians of those experts, on all tokens.
+
+    Raises:
+        InputError: an expert cannot be shown all tokens.
+        NumericalError: an expert has too few tokens, and `recipe.scarce_tokens` is `error`.
+    """
+    least = config.recipe.min_tokens
+    scarce = [s for s in sites if s.routed and hessians[s.name].tokens < least]
+    if scarce and config.recipe.scarce_tokens is ScarceTokens.error:
+        tokens = hessians[scarce[0].name].tokens
+        raise NumericalError(
+            f"block {block.index}, {scarce[0].name}: {tokens} tokens are routed to it, fewer than "
+            f"recipe.min_tokens={least}, and {len(scarce) - 1} more like it: calibrate on more "
+            "tokens, or choose recipe.scarce_tokens=all_tokens or keep"
+        )
+    if not scarce:
+        return {}
+    accumulators = {site.name: accumulator(block, site, config) for site in scarce}
+
+    def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+        with site_context(block, site):
+            accumulators[site.name].update(inputs)
+
+    feed_all_tokens(block, scarce, consume)
+    return {site.name: finish(block, site, accumulators[site.name]) for site in scarce}
 
 
 def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Config, Scope
+from mi_experiments.config import Config, ScarceTokens, Scope
 from mi_experiments.errors import NumericalError
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
@@ -25,16 +25,21 @@ from mi_experiments.llm.replay import Allocate, Stream
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
-from mi_experiments.measure import in_passes, measure_hessians, measure_twins, site_context
+from mi_experiments.measure import (
+    in_passes,
+    measure_hessians,
+    measure_scarce,
+    measure_twins,
+    site_context,
+)
 from mi_experiments.method.audit import audit_linear
-from mi_experiments.method.hessian import Hessian
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.storage import count_storage
-from mi_experiments.method.targets import Drift
 from mi_experiments.plan import LinearPlan, Plan
 from mi_experiments.record import CHANGED, LinearReport
 from mi_experiments.shortage import count_retries
 from mi_experiments.solving import (
+    Measured,
     SiteStatistics,
     Solution,
     factorize_site,
@@ -172,15 +177,15 @@ def measure_statistics(
             found = next(sites, None)
         if found is None:
             return
-        site, hessian, drift = found
+        site, measured = found
         with site_context(block, site):
-            shared = factorize_site(hessian, drift, sparsity, config)
+            shared = factorize_site(measured, sparsity, config)
         yield site, replace(shared, retries=retries.count)
 
 
 def measure_sites(
     block: Block, twins: Twins | None, config: Config, hessian_bytes: int | None = None
-) -> Iterator[tuple[Site, Hessian, Drift | None]]:
+) -> Iterator[tuple[Site, Measured]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
     The experts of one stage are measured together, and without drift: the dense model sends them
@@ -192,12 +197,19 @@ def measure_sites(
         stages = [list(sites) for _, sites in groupby(block.sites, lambda site: site.stage)]
     for sites in stages:
         if twins is not None and not sites[0].routed:
-            yield sites[0], *measure_twins(twins, sites[0], config)
+            hessian, drift = measure_twins(twins, sites[0], config)
+            yield sites[0], Measured(hessian, drift, hessian.tokens)
             continue
         for together in in_passes(sites, hessian_bytes):
             hessians = measure_hessians(block, together, config)
+            tokens = {name: hessian.tokens for name, hessian in hessians.items()}
+            keep = config.recipe.scarce_tokens is ScarceTokens.keep
+            if not keep:
+                hessians |= measure_scarce(block, hessians, together, config)
             for site in together:
-                yield site, hessians.pop(site.name), None
+                count = tokens[site.name]
+                kept = keep and site.routed and count < config.recipe.min_tokens
+                yield site, Measured(hessians.pop(site.name), None, count, kept)
 
 
 def compress_linear(
@@ -250,7 +262,8 @@ def compress_linear(
         damping_attempts=statistics.attempts,
         plan_damping=information.damping if information else None,
         dead_channels=int(statistics.hessian.dead.sum()),
-        tokens=statistics.hessian.tokens,
+        tokens=statistics.tokens,
+        all_tokens=statistics.hessian.tokens > statistics.tokens,
         retries=statistics.retries + retries.count,
         seconds=time.perf_counter() - started,
         status=solution.status,

@@ -23,7 +23,13 @@ from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
-from mi_experiments.measure import in_passes, measure_hessians, measure_loss, site_context
+from mi_experiments.measure import (
+    in_passes,
+    measure_hessians,
+    measure_loss,
+    measure_scarce,
+    site_context,
+)
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import Grouping
@@ -200,6 +206,8 @@ def draft_block(
     information: dict[str, InformationSummary] = {}
     for sites in in_passes(block.sites, hessian_bytes if activations else None):
         hessians = measure_hessians(block, sites, config) if activations else {}
+        # Groups and prices of an expert need tokens, even where it will stay as it is.
+        hessians |= measure_scarce(block, hessians, sites, config) if activations else {}
         for site in sites:
             with site_context(block, site):
                 drafts, summary = draft_site(
