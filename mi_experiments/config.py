@@ -152,8 +152,9 @@ class ModelConfig:
         allowed = ("auto", "cpu", "cuda")
         named = self.device in allowed or bool(re.fullmatch(r"cuda:\d+", self.device))
         require("model.device", self.device, named, "auto, cpu, cuda or cuda:N")
-        attentions = ("eager", "sdpa")
-        require("model.attention", self.attention, self.attention in attentions, "eager or sdpa")
+        attentions = ("auto", "eager", "sdpa")
+        known = self.attention in attentions
+        require("model.attention", self.attention, known, "auto, eager or sdpa")
 
 
 @dataclass

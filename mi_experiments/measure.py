@@ -38,6 +38,9 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
         accumulators = {site.name: accumulator(block, site, config) for site in sites}
 
         def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+            if site.routed:
+                # Some mixtures show every expert every token, those of others as zeros.
+                inputs = inputs[inputs.any(-1)]
             with site_context(block, site):
                 accumulators[site.name].update(inputs)
 

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Allocation, Config, NGroupsConfig, Scope
-from mi_experiments.drafts import Draft, DraftLinear, draft_site, sparsity_of
+from mi_experiments.config import Allocation, Config, NGroupsConfig, ScarceTokens, Scope
+from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.inventory import take_inventory
@@ -32,13 +32,9 @@ from mi_experiments.measure import (
 )
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import scale_groups
-from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.resume import Commits
-
-UNMEASURED = (Grouping.contiguous, Grouping.random)
-"""Groupings that need no activations."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +202,14 @@ def draft_block(
     information: dict[str, InformationSummary] = {}
     for sites in in_passes(block.sites, hessian_bytes if activations else None):
         hessians = measure_hessians(block, sites, config) if activations else {}
-        # Groups and prices of an expert need tokens, even where it will stay as it is.
-        hessians |= measure_scarce(block, hessians, sites, config) if activations else {}
+        if activations and config.recipe.scarce_tokens is ScarceTokens.keep:
+            least = config.recipe.min_tokens
+            scarce = {site.name for site in sites if site.routed} & {
+                name for name, hessian in hessians.items() if hessian.tokens < least
+            }
+            hessians = {name: hessians[name] for name in hessians.keys() - scarce}
+        elif activations:
+            hessians |= measure_scarce(block, hessians, sites, config)
         for site in sites:
             with site_context(block, site):
                 drafts, summary = draft_site(
@@ -240,14 +242,13 @@ def allocate_widths(drafts: Iterable[DraftLinear], config: Config) -> dict[str, 
     if wbits.allocation is Allocation.mixed:
         shares: dict[object, list[DraftLinear]] = {}
         for draft in drafts:
-            shares.setdefault(share(draft, wbits.scope), []).append(draft)
+            if draft.prices is not None:
+                shares.setdefault(share(draft, wbits.scope), []).append(draft)
         for members in shares.values():
             chosen |= allocate_share(members, config)
-    else:
-        width = int(wbits.average)
-        for draft in drafts:
-            groups = int(draft.channel_group.max()) + 1
-            chosen[draft.name] = torch.full((groups,), width)
+    for draft in drafts:
+        groups = int(draft.channel_group.max()) + 1
+        chosen.setdefault(draft.name, torch.full((groups,), int(wbits.average)))
     return {draft.name: finish(draft, chosen[draft.name], config) for draft in drafts}
 
 

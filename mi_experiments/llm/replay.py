@@ -44,6 +44,10 @@ class Call:
     kwargs: dict[str, Any]
     keyword: bool
 
+    def values(self) -> tuple[Any, ...]:
+        """Return all arguments."""
+        return *self.args, *self.kwargs.values()
+
     def replay(
         self, block: nn.Module, hidden: Float[Tensor, "batch seqlen hidden"]
     ) -> Float[Tensor, "batch seqlen hidden"]:
@@ -155,6 +159,10 @@ class Form:
     """
 
     rest: tuple[Any, ...] | None
+
+    def tensors(self) -> list[Tensor]:
+        """Return what a block hands on beside the hidden state."""
+        return [part for part in self.rest or () if isinstance(part, Tensor)]
 
     def wrap(self, hidden: Tensor) -> Any:
         """Return a hidden state as a block would."""
@@ -325,6 +333,11 @@ def record_calls(
         hidden, call = _split_call(args, kwargs)
         if order[block] != len(calls):
             raise InputError(f"{path}.{order[block]} is called twice or out of order")
+        if any(value is part for value in call.values() for part in form.tensors()):
+            raise InputError(
+                f"{path}.{order[block]} reads more than a hidden state of the block before it; "
+                "it cannot be replayed alone"
+            )
         if previous and not _same(hidden, previous[-1]):
             raise InputError(
                 f"{path}.{order[block]} does not read what the block before it returned"
