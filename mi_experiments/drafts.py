@@ -122,7 +122,7 @@ def draft_site(
         prices = None
         if mixed and hessian is not None and factor is not None:
             weight = linear.read_weight()
-            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
+            loss = fisher.get(linear.name, weight.new_ones(linear.rows)).to(weight.device)
             prices = price_groups(weight, loss, channel_group, hessian, factor, config)
         drafts.append(
             DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)
