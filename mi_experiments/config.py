@@ -75,6 +75,29 @@ class GridFit(Enum):
     survivors = "survivors"
 
 
+class OnSingular(Enum):
+    """What is done where a Hessian is not positive definite at `recipe.damping`.
+
+    `error`: the run ends. `escalate`: ten times the damping is tried, up to 1.0; if that fails, the
+    run ends. `skip`: the linears that read it stay as they are.
+    """
+
+    error = "error"
+    escalate = "escalate"
+    skip = "skip"
+
+
+class DeadChannels(Enum):
+    """What becomes of weights whose channel is zero on every calibration token.
+
+    `keep`: they are pruned and rounded like all others. `zero`: they become zero before anything
+    else, as in the published code of arXiv:2301.00774.
+    """
+
+    keep = "keep"
+    zero = "zero"
+
+
 class TrackingMode(Enum):
     """Where Weights & Biases records go; `auto` is online where a key exists, else offline."""
 
@@ -227,12 +250,17 @@ class RecipeConfig:
     input_share: float
     residual_share: float
     refine_rounds: int
+    on_singular: OnSingular
+    max_escalated: float
+    dead_channels: DeadChannels
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
         rounds = self.refine_rounds
         require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
+        share = self.max_escalated
+        require("recipe.max_escalated", share, 0 <= share <= 1, "from 0 to 1")
         for key in ("input_share", "residual_share"):
             share = getattr(self, key)
             require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost
+from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, DeadChannels, OnSingular
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import fit_grid, scale_groups
@@ -99,7 +99,9 @@ def draft_site(
     groups = config.n_groups
     factor = matrix = summary = None
     if hessian is not None:
-        factor = factorize(hessian, damping=config.recipe.damping)
+        # What this factor is used for can bear more damping; the sweep that skips has its own.
+        escalate = config.recipe.on_singular is not OnSingular.error
+        factor = factorize(hessian, damping=config.recipe.damping, escalate=escalate)
         matrix = measure_information(hessian, groups.estimator)
         generator = torch.Generator().manual_seed(groups.seed)
         noise = noise_floor(hessian.sample, groups.estimator, generator)
@@ -122,6 +124,8 @@ def draft_site(
         prices = None
         if mixed and hessian is not None and factor is not None:
             weight = linear.read_weight()
+            if config.recipe.dead_channels is DeadChannels.zero:
+                weight.masked_fill_(hessian.dead, 0)
             loss = fisher.get(linear.name, weight.new_ones(linear.rows)).to(weight.device)
             prices = price_groups(weight, loss, channel_group, hessian, factor, config)
         drafts.append(

@@ -6,9 +6,8 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,13 +15,15 @@ from torch import Tensor
 
 from mi_experiments.config import Config, Export
 from mi_experiments.embedded import find_model
-from mi_experiments.errors import AuditError, MiError, ResumableError
+from mi_experiments.errors import MiError, ResumableError
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel, choose_device, locate_model, open_model
 from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.screening import OnNonfinite
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.windows import adds_bos
 from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, count_steps, plan_compression
@@ -33,15 +34,15 @@ from mi_experiments.record import (
     Evaluation,
     LinearReport,
     Result,
-    total_bits,
-    weighted_mean,
 )
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.screen import screen_calibration
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
-from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
+from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
+from mi_experiments.verdict import check_fallbacks, totals
 
 log = logging.getLogger(__name__)
 
@@ -107,8 +108,10 @@ def run_experiment(
     recorder = Recorder(config, run_dir)
     recorder.update()
     try:
-        with reproducible_arithmetic(config.seed):
+        with reproducible_arithmetic(config.seed), recorder.count_retries():
             run = compute(config, recorder, tracker, progress, stop or StopRequest())
+        if recorder.result.bits is not None:
+            check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
         recorder.update(status="completed")
         tidy(run)
     except BaseException as error:
@@ -129,6 +132,9 @@ def compute(
     """Do the work of one run, phase by phase."""
     with recorder.phase("load"):
         run = open_run(config, recorder, tracker, progress, stop)
+    if config.dataset.on_nonfinite is OnNonfinite.drop:
+        with recorder.phase("screen"):
+            run = screen(run)
     with recorder.phase("evaluate dense"):
         evaluate(run, "dense", run.opened.weights)
     with recorder.phase("plan"):
@@ -149,6 +155,7 @@ def open_run(
     """Find the model and the texts, and what an earlier process finished of the same run."""
     memory = plan_run(config, recorder.run_dir)
     progress.say(in_a_line(memory))
+    find_texts(config)
     source = locate_model(
         find_model(config.model.path),
         revision=config.model.revision,
@@ -167,7 +174,8 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
-    provenance = measure_provenance(config, source, opened.model, calibration)
+    bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
+    provenance = measure_provenance(config, source, opened.model, calibration, bos)
     recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
     return Run(
@@ -184,6 +192,26 @@ def open_run(
         progress=progress,
         stop=stop,
     )
+
+
+def screen(run: Run) -> Run:
+    """Leave out the calibration samples that are not finite in the dense model."""
+    with run.progress.task("screen", total=len(run.opened.weights.blocks)) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        calibration, dropped = screen_calibration(
+            run.opened,
+            run.calibration,
+            run.config.dataset.batch_size,
+            allocate=run.allocate,
+            commits=run.commits,
+            on_block=on_block,
+        )
+    run.recorder.update(dropped=dropped)
+    return replace(run, calibration=calibration)
 
 
 def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
@@ -234,6 +262,7 @@ def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: 
         dropped_tokens=text.dropped_tokens,
         tokens_sha256=text.sha256,
         floor=text.floor,
+        bos=text.bos,
     )
 
 
@@ -255,7 +284,7 @@ def make_plan(run: Run) -> Plan:
                 on_block,
                 weights=run.opened.weights,
                 allocate=run.allocate,
-                statistics=run.memory.statistics,
+                hessian_bytes=run.memory.hessian_bytes,
                 commits=run.commits,
             )
         run.commits.commit({PLAN: plan.stored()})
@@ -296,14 +325,16 @@ def compress(run: Run, plan: Plan) -> None:
             on_linear,
             weights=run.opened.weights,
             allocate=run.allocate,
-            statistics=run.memory.statistics,
+            hessian_bytes=run.memory.hessian_bytes,
             restore=restore,
         )
         for block in blocks:
             run.stored.store(block)
             for linear in block.linears:
                 record(linear.report)
-    run.recorder.update(**totals(run, plan))
+    model = run.config.model
+    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
+    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
     run.commits.adopt(LINEARS)
 
 
@@ -311,25 +342,6 @@ def tidy(run: Run) -> None:
     """Remove what only served to continue the run, and the compressed model if nobody wants it."""
     kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[run.config.export]
     run.commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
-
-
-def totals(run: Run, plan: Plan) -> dict[str, Any]:
-    """Sum up all linears and hold the model to its budget.
-
-    Raises:
-        AuditError: the realised average is above the requested one.
-    """
-    linears, model = run.recorder.linears, run.config.model
-    bits = total_bits(linears, plan.requested)
-    if round(bits.average, 12) > plan.requested:
-        raise AuditError(f"average bits {bits.average} are above the requested {plan.requested}")
-    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
-    return {
-        "bits": bits,
-        "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
-        "weights": sum(linear.weights for linear in linears),
-        "coverage": inventory.coverage,
-    }
 
 
 @contextmanager

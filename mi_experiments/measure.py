@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from mi_experiments.config import Allocation, Config, Cost
 from mi_experiments.errors import MiError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
-from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.inventory import LinearView, take_inventory
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
@@ -19,6 +20,7 @@ from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
 from mi_experiments.resume import Commits
+from mi_experiments.shortage import until_it_fits
 
 FISHER = "drafts/fisher.safetensors"
 """What the loss feels, committed once a run."""
@@ -27,37 +29,39 @@ FISHER = "drafts/fisher.safetensors"
 def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dict[str, Hessian]:
     """Run the block on all its inputs once and return the Hessian of each site, by name.
 
+    Where memory is short that is done again, from the beginning, in batches of half the size.
+
     Raises:
-        NumericalError: an input is not finite; names block and site.
+        MemoryShortage: there is no room for a single sample.
+        NumericalError: an input is not finite, or its second moments overflow; names block and
+            site.
     """
-    device = block.stream.hidden.device
-    accumulators = {
-        site.name: HessianAccumulator(
-            site.columns, sample_tokens=config.n_groups.sample_tokens, device=device
-        )
-        for site in sites
-    }
 
-    def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
-        with site_context(block, site):
-            accumulators[site.name].update(inputs)
+    def measure() -> dict[str, Hessian]:
+        accumulators = {site.name: accumulator(block, site, config) for site in sites}
 
-    block.feed(sites, consume)
-    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
+        def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+            with site_context(block, site):
+                accumulators[site.name].update(inputs)
+
+        block.feed(sites, consume)
+        return {site.name: finish(block, site, accumulators[site.name]) for site in sites}
+
+    return until_it_fits(measure, block.stream.shrink)
 
 
-def in_passes(sites: Sequence[Site], statistics: int | None) -> Iterator[list[Site]]:
+def in_passes(sites: Sequence[Site], hessian_bytes: int | None) -> Iterator[list[Site]]:
     """Divide sites, in order, into those whose Hessians are measured in one pass.
 
     Args:
         sites: whose inputs do not depend on what is done with the others.
-        statistics: bytes that their Hessians may take together; None for no limit.
+        hessian_bytes: bytes that their Hessians may take together; None for no limit.
     """
     chosen: list[Site] = []
     size = 0
     for site in sites:
         needed = 4 * site.columns**2
-        if chosen and statistics is not None and size + needed > statistics:
+        if chosen and hessian_bytes is not None and size + needed > hessian_bytes:
             yield chosen
             chosen, size = [], 0
         chosen.append(site)
@@ -69,19 +73,58 @@ def in_passes(sites: Sequence[Site], statistics: int | None) -> Iterator[list[Si
 def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:
     """Return the Hessian of what a site reads now, and how far that is from the dense model.
 
+    Where memory is short that is done again, from the beginning, in batches of half the size.
+
     Raises:
-        NumericalError: an input is not finite; names block and site.
+        MemoryShortage: there is no room for a single sample.
+        NumericalError: an input is not finite, or its second moments overflow; names block and
+            site.
     """
-    device = twins.block.stream.hidden.device
-    hessian = HessianAccumulator(
-        site.columns, sample_tokens=config.n_groups.sample_tokens, device=device
+
+    def measure() -> tuple[Hessian, Drift]:
+        hessian = accumulator(twins.block, site, config)
+        drift = DriftAccumulator(site.columns, *arithmetic(twins.block))
+        with site_context(twins.block, site):
+            for batch in twins.observe(site):
+                hessian.update(batch.compressed)
+                drift.update(batch.compressed, batch.dense, batch.drift)
+            return hessian.finish(), drift.finish()
+
+    return until_it_fits(measure, twins.shrink)
+
+
+def accumulator(block: Block, site: Site, config: Config) -> HessianAccumulator:
+    """Return what sums up a site, and names its tokens by their samples where it can."""
+    device, dtype = arithmetic(block)
+    seqlen = block.stream.hidden.shape[1]
+
+    def name_token(token: int) -> str:
+        sample = block.stream.screen.names[token // seqlen]
+        return (
+            f"token {token} of those routed here"
+            if site.routed
+            else f"{sample}, token {token % seqlen}"
+        )
+
+    return HessianAccumulator(
+        site.columns,
+        sample_tokens=config.n_groups.sample_tokens,
+        device=device,
+        dtype=dtype,
+        name_token=name_token,
     )
-    drift = DriftAccumulator(site.columns, device)
-    with site_context(twins.block, site):
-        for batch in twins.observe(site):
-            hessian.update(batch.compressed)
-            drift.update(batch.compressed, batch.dense, batch.drift)
-    return hessian.finish(), drift.finish()
+
+
+def arithmetic(block: Block) -> tuple[torch.device, torch.dtype]:
+    """Return where and in which format a block is measured: float32, or float64 as the model is."""
+    hidden = block.stream.hidden
+    return block.stream.device, torch.promote_types(hidden.dtype, torch.float32)
+
+
+def finish(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian:
+    """Return the Hessian of a site, or say whose it could not be."""
+    with site_context(block, site):
+        return accumulator.finish()
 
 
 def measures_loss(config: Config) -> bool:
@@ -130,9 +173,12 @@ def measure_loss(
 
 
 @contextmanager
-def site_context(block: Block, site: Site) -> Iterator[None]:
-    """Say in which block and site an expected failure happened."""
+def site_context(block: Block, site: Site, linear: LinearView | None = None) -> Iterator[None]:
+    """Say in which block and site, and in which linear, an expected failure happened."""
     try:
         yield
     except MiError as error:
-        raise type(error)(f"block {block.index}, {site.name}: {error}") from error
+        where = f"block {block.index}, {site.name}"
+        if linear is not None and len(site.linears) > 1:
+            where += f" ({linear.name})"
+        raise type(error)(f"{where}: {error}") from error

@@ -138,7 +138,7 @@ def plan_compression(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
     commits: Commits | None = None,
 ) -> Plan:
     """Group the channels of every site and allocate the bit budget.
@@ -151,7 +151,7 @@ def plan_compression(
             `measure_loss` goes through it; see `count_steps`.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
-        statistics: bytes that Hessians measured in one pass may take; None for no limit.
+        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
         commits: keep and give back what the loss feels, and the drafts of finished blocks.
 
     Returns:
@@ -188,7 +188,9 @@ def plan_compression(
         )
         for block in walk:
             if block.index not in finished:
-                finished[block.index] = draft_block(block, fisher, activations, config, statistics)
+                finished[block.index] = draft_block(
+                    block, fisher, activations, config, hessian_bytes
+                )
                 if commits is not None and activations:
                     commits.commit({draft_name(block.index): finished[block.index].stored()})
             on_block(block.name)
@@ -211,12 +213,12 @@ def draft_block(
     fisher: Mapping[str, Float[Tensor, "_"]],
     activations: bool,
     config: Config,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
 ) -> Draft:
     """Group the channels of a block's sites and price every group at every width."""
     linears: list[DraftLinear] = []
     information: dict[str, InformationSummary] = {}
-    for sites in in_passes(block.sites, statistics if activations else None):
+    for sites in in_passes(block.sites, hessian_bytes if activations else None):
         hessians = measure_hessians(block, sites, config) if activations else {}
         for site in sites:
             with site_context(block, site):

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mi_experiments.texts import EvaluationText
 NUMERICS_VERSION = 2
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
 
-INCIDENTAL = ("tracking", "memory", "dry_run", "resume")
+INCIDENTAL = ("tracking", "memory", "dry_run", "resume", "recipe.max_escalated")
 """Parts of the config that move no number."""
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
@@ -36,7 +36,7 @@ def measure_provenance(
     source: ModelSource,
     model: nn.Module,
     calibration: Int[Tensor, "nsamples seqlen"],
-    calibration_bos: bool | None = None,
+    calibration_bos: bool,
 ) -> Provenance:
     """Collect the provenance of a run whose model and calibration tokens are loaded."""
     device = next(model.parameters()).device
@@ -65,11 +65,20 @@ def measure_provenance(
     )
 
 
+def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the parts of a config that can move a number."""
+    return {
+        key: without_incidental(part, f"{path}{key}.") if isinstance(part, Mapping) else part
+        for key, part in config.items()
+        if path + key not in INCIDENTAL
+    }
+
+
 def fingerprint(
     config: Config, provenance: Provenance, texts: Sequence[EvaluationText]
 ) -> dict[str, Any]:
     """Return everything that the numbers of a run depend on, for its manifest."""
-    asked = {key: part for key, part in to_plain(config).items() if key not in INCIDENTAL}
+    asked = without_incidental(to_plain(config))
     return {
         "config": scrub(asked),
         "model_files": provenance.model_files,

@@ -15,6 +15,7 @@ from mi_experiments.composing import to_plain
 from mi_experiments.config import Config
 from mi_experiments.record import LinearReport, Result, read_result, write_linears, write_result
 from mi_experiments.scrubbing import scrub
+from mi_experiments.shortage import Retries, count_retries, shortage_in
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ class Recorder:
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.linears: list[LinearReport] = []
+        self.retries = Retries()
+        self.earlier_retries = 0
         self.result = Result(
             status="running",
             error=None,
@@ -44,21 +47,35 @@ class Recorder:
             # Of an earlier process only its time counts: all else is committed, or done again.
             earlier = read_result(run_dir)
             self.result = replace(self.result, seconds=earlier.seconds, resumed=earlier.resumed + 1)
+            self.earlier_retries = earlier.retries
 
     def update(self, **changes: Any) -> None:
         """Change fields of the result and write it."""
-        self.result = replace(self.result, **changes, memory=peak_memory())
+        retries = self.earlier_retries + self.retries.count
+        changes |= {"memory": peak_memory(), "retries": retries}
+        self.result = replace(self.result, **changes)
         write_result(self.result, self.run_dir)
         if self.linears:
             write_linears(self.linears, self.run_dir)
 
     @contextmanager
+    def count_retries(self) -> Iterator[None]:
+        """Count for the record how often memory is short."""
+        with count_retries() as self.retries:
+            yield
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and record it."""
+        """Time a phase and record it.
+
+        Raises:
+            MemoryShortage: in the place of whatever else says that memory ran out.
+        """
         log.info("%s", name)
         started = time.perf_counter()
         try:
-            yield
+            with shortage_in(name):
+                yield
         finally:
             elapsed = time.perf_counter() - started + self.result.seconds.get(name, 0.0)
             self.update(seconds=self.result.seconds | {name: elapsed})

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mi_experiments.errors import require
 from mi_experiments.llm.calibration import Sampling
+from mi_experiments.llm.screening import OnNonfinite
 from mi_experiments.llm.windows import BosPolicy, Windows
 
 OWN_CORPORA = ("embedded", "text")
@@ -44,6 +45,7 @@ class DatasetConfig:
     sampling: Sampling
     allow_fewer: bool
     add_bos: BosPolicy
+    on_nonfinite: OnNonfinite
     holdout: float
     offline: bool
     seed: int

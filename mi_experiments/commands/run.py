@@ -28,7 +28,12 @@ from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
 from mi_experiments.experiment import run_experiment
 from mi_experiments.progress import Progress
-from mi_experiments.provenance import INCIDENTAL, NUMERICS_VERSION, scrub_argument
+from mi_experiments.provenance import (
+    INCIDENTAL,
+    NUMERICS_VERSION,
+    scrub_argument,
+    without_incidental,
+)
 from mi_experiments.record import RESULT, Result, read_result
 from mi_experiments.resume import StopRequest
 from mi_experiments.scrubbing import scrub
@@ -195,7 +200,9 @@ def claim(run_dir: Path) -> Iterator[Result | None]:
 def config_hash(*, _root_: DictConfig) -> str:
     """Name what a run will compute: ten hexadecimal digits of everything that moves a number."""
     keys = [key for key in map(str, _root_) if key not in ("hydra", *INCIDENTAL)]
-    asked = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
+    composed = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
+    assert isinstance(composed, dict)
+    asked = without_incidental({str(key): part for key, part in composed.items()})
     text = json.dumps([NUMERICS_VERSION, asked], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -70,6 +70,13 @@ def budget_table(result: Result) -> Table:
         table.add_row("effective bits", f"{result.bits.effective:.4f}  (with all that is stored)")
     table.add_row("sparsity", f"{result.sparsity:.4f}")
     table.add_row("weights", f"{result.weights:,}  ({result.coverage:.1%} of the blocks')")
+    if set(result.statuses) - {"compressed"}:
+        counts = ", ".join(f"{count} {status}" for status, count in result.statuses.items())
+        table.add_row("linears", counts)
+    if result.dropped:
+        table.add_row("left out", f"{len(result.dropped)} calibration samples, not finite")
+    if result.retries:
+        table.add_row("memory short", f"{result.retries} times: done again in smaller pieces")
     table.add_row("peak memory", f"{max(result.memory.values()) / 1e9:.2f} GB")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     table.add_row("time", f"{sum(result.seconds.values()):.1f} s  ({phases})")

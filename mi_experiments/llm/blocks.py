@@ -8,6 +8,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mi_experiments.llm.replay import Allocate, Call, Stop, Stream, open_stream
 from mi_experiments.llm.sites import Site, find_sites
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.watching import watch
+from mi_experiments.shortage import until_it_fits
 
 NO_SHAPES = "the shapes in this model depend on its activations, so it has no dry run; run it"
 
@@ -166,7 +168,8 @@ def walk_blocks(
     for index, module in enumerate(modules):
         name = f"{path}.{index}"
         with held(weights, index):
-            sites = find_sites(name, module, inventory.linears[index], stream)
+            find = partial(find_sites, name, module, inventory.linears[index], stream)
+            sites = until_it_fits(find, stream.shrink)
             # As the sites see them: running the block has shown which way round each one is.
             views = {linear.name: linear for site in sites for linear in site.linears}
             linears = tuple(views[linear.name] for linear in inventory.linears[index])

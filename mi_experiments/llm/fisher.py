@@ -175,11 +175,7 @@ def _turn_round(
             logits = compute_logits(model, modules, stream.form, leaf)
             # Not backward(), which would leave gradients on whatever parameter still asks for one.
             (gradient,) = torch.autograd.grad(logits, leaf, _score(logits, uniforms[chunk]))
-            if not gradient.isfinite().all():
-                raise NumericalError(
-                    f"{stream.names[index]}: the gradients on the model's last hidden states are "
-                    f"not finite ({model.dtype}); try model.dtype=float32"
-                )
+            _check_finite(gradient, stream, index, "the model's last hidden states")
             stream.hidden[index, chunk] = gradient
 
 
@@ -223,12 +219,16 @@ def _go_back(
         gradient.copy_(torch.autograd.grad(output, leaf, gradient.to(stream.device))[0])
         # The last one that runs is where it began.
         for name, total in reversed(sums.items()):
-            if not total.isfinite().all():
-                raise NumericalError(
-                    f"{stream.names[index]}: the gradients on {name} are not finite "
-                    f"({output.dtype}); try model.dtype=float32"
-                )
+            _check_finite(total, stream, index, name)
     return sums
+
+
+def _check_finite(gradient: Tensor, stream: Stream, index: int, where: str) -> None:
+    """Raise, naming the sample, if a gradient has a NaN or an infinity."""
+    if not gradient.isfinite().all():
+        sample, dtype = stream.screen.names[index], stream.hidden.dtype
+        advice = "; try model.dtype=float32" if dtype.itemsize < 4 else ""
+        raise NumericalError(f"{sample}: the gradients on {where} are not finite ({dtype}){advice}")
 
 
 def _complete(linears: Sequence[LinearView], sums: dict[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid
 from mi_experiments.method.sparsegpt import Swept
+from mi_experiments.shortage import in_pieces
 
 RIDGE = 1e-4
 """Pull towards the old scale, as a fraction of the curvature."""
@@ -44,7 +45,8 @@ def refine(
 ) -> tuple[Swept, Grid]:
     """Descend on the codes, then refit the scales, in turns.
 
-    What is pruned, the widths and the zero points stay; no row's loss rises.
+    What is pruned, the widths and the zero points stay; no row's loss rises. Where memory is short,
+    fewer rows are refined at a time: they do not influence each other.
 
     Args:
         swept: The linear after the sweep, on ``grid``.
@@ -58,13 +60,21 @@ def refine(
         The refined linear, with its loss under H′, and the grid it is on.
 
     Raises:
+        MemoryShortage: There is no room for a single row.
         NumericalError: The loss is not finite.
         ValueError: The Hessian has a diagonal entry that is not positive.
     """
-    for _ in range(rounds):
-        swept = _descend(swept, grid, target, hessian, order, LEAF)
-        swept, grid = _refit_scales(swept, grid, target, hessian)
-    return _with_loss(swept, target, hessian), grid
+
+    def refine_rows(start: int, stop: int) -> tuple[Swept, Grid]:
+        part, levels = swept.of_rows(start, stop), grid.of_rows(start, stop)
+        wanted = target[start:stop]
+        for _ in range(rounds):
+            part = _descend(part, levels, wanted, hessian, order, LEAF)
+            part, levels = _refit_scales(part, levels, wanted, hessian)
+        return _with_loss(part, wanted, hessian), levels
+
+    parts = in_pieces(refine_rows, len(target), "rows")
+    return Swept.join([part for part, _ in parts]), Grid.join([levels for _, levels in parts])
 
 
 @torch.no_grad()
