@@ -134,7 +134,7 @@ def test_planned_memory_holds_the_larger_of_both_phases(
 def test_the_planned_room_for_a_backward_pass_is_enough(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
 ) -> None:
-    """What autograd keeps of one block is counted; the plan has room for it, not four times over."""
+    """What autograd keeps of one block is counted: the plan has room for it, but not for four."""
     seqlen = 64
     for name, active in (("llama", None), ("gpt2", None), ("gemma3", None), ("qwen3_moe", 2)):
         model = tiny_model(name, hidden_size=128, intermediate_size=384)
