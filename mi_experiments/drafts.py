@@ -131,7 +131,7 @@ def draft_site(
             weight = linear.read_weight()
             if config.recipe.dead_channels is DeadChannels.zero:
                 weight.masked_fill_(hessian.dead, 0)
-            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
+            loss = fisher.get(linear.name, weight.new_ones(linear.rows)).to(weight.device)
             prices = price_groups(weight, loss, channel_group, hessian, factor, config)
         drafts.append(
             DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)

@@ -26,7 +26,7 @@ from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.windows import adds_bos
 from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
-from mi_experiments.plan import Plan, plan_compression
+from mi_experiments.plan import Plan, count_steps, plan_compression
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import fingerprint, measure_provenance
 from mi_experiments.record import (
@@ -270,7 +270,8 @@ def make_plan(run: Run) -> Plan:
     """Return the plan: the committed one, or a new one."""
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
-        with run.progress.task("plan", total=len(run.opened.weights.blocks)) as advance:
+        steps = count_steps(len(run.opened.weights.blocks), run.config)
+        with run.progress.task("plan", total=steps) as advance:
 
             def on_block(block: str) -> None:
                 advance(block)

@@ -1,7 +1,6 @@
-"""Measure what a block's sites read: from activations to a Hessian a site."""
+"""Measure what sites read, a Hessian each, and what the loss feels of their linears' outputs."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,16 +10,21 @@ from transformers import PreTrainedModel
 
 from mi_experiments.config import Allocation, Config, Cost, ScarceTokens
 from mi_experiments.errors import MiError, NumericalError
-from mi_experiments.llm.blocks import Block, held
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.routing import feed_all_tokens
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
+from mi_experiments.resume import Commits
 from mi_experiments.shortage import until_it_fits
+
+FISHER = "drafts/fisher.safetensors"
+"""What the loss feels, committed once a run."""
 
 
 def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dict[str, Hessian]:
@@ -166,22 +170,49 @@ def finish(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian
         return accumulator.finish()
 
 
+def measures_loss(config: Config) -> bool:
+    """Say whether the budget is spent by what the loss feels of each output."""
+    wbits = config.wbits
+    return wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
+
+
 def measure_loss(
     model: PreTrainedModel,
     calibration: Int[Tensor, "nsamples seqlen"],
     config: Config,
+    *,
     weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    commits: Commits | None = None,
+    on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Float[Tensor, "_"]]:
-    """Return what the loss feels of each output of each linear, if the budget is spent by that."""
-    wbits = config.wbits
-    if wbits.allocation is not Allocation.mixed or wbits.cost is not Cost.fisher:
+    """Return what the loss feels of each output of each linear, if the budget is spent by that.
+
+    Args:
+        model: the dense model.
+        calibration: token ids; the first `wbits.fisher_samples` sequences are read.
+        config: of the run.
+        weights: loads each block when its turn comes; None for a model that holds all its weights.
+        allocate: makes room for hidden states; by default where blocks run.
+        commits: keep the result, and give it back.
+        on_block: called with the name of each block, forward and backward.
+    """
+    if not measures_loss(config):
         return {}
-    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    with contextlib.ExitStack() as stack:
-        for index in range(len(inventory.modules)):
-            stack.enter_context(held(weights, index))
-        samples = calibration[: wbits.fisher_samples]
-        return measure_fisher(model, samples, inventory, seed=config.seed)
+    if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
+        return committed[0]
+    fisher = measure_fisher(
+        model,
+        calibration[: config.wbits.fisher_samples],
+        take_inventory(model, ignore=config.model.ignore, path=config.model.blocks),
+        seed=config.seed,
+        weights=weights,
+        allocate=allocate,
+        on_block=on_block,
+    )
+    if commits is not None:
+        commits.commit({FISHER: (fisher, {})})
+    return fisher
 
 
 @contextmanager

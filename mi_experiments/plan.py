@@ -28,6 +28,7 @@ from mi_experiments.measure import (
     measure_hessians,
     measure_loss,
     measure_scarce,
+    measures_loss,
     site_context,
 )
 from mi_experiments.method.allocation import allocate_bits
@@ -143,11 +144,12 @@ def plan_compression(
         model: the dense model; not changed.
         calibration: token ids.
         config: of the run.
-        on_block: called with the name of each block when its sites are priced, for progress.
+        on_block: called with the name of each block when its sites are priced, and before that as
+            `measure_loss` goes through it; see `count_steps`.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
         hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
-        commits: keep and give back the drafts of finished blocks.
+        commits: keep and give back what the loss feels, and the drafts of finished blocks.
 
     Returns:
         Groups and widths of every linear; the average width is at most the budget, exactly.
@@ -162,7 +164,15 @@ def plan_compression(
             check_count(linear.columns, linear.name, config.n_groups)
     finished = read_drafts(commits, len(inventory.modules))
     if len(finished) < len(inventory.modules):
-        fisher = measure_loss(model, calibration, config, weights)
+        fisher = measure_loss(
+            model,
+            calibration,
+            config,
+            weights=weights,
+            allocate=allocate,
+            commits=commits,
+            on_block=on_block,
+        )
         activations = needs_activations(config)
         walk = walk_blocks(
             model,
@@ -188,6 +198,11 @@ def plan_compression(
     return Plan(
         allocate_widths(drafts, config), information, sparsity_of(config), config.wbits.average
     )
+
+
+def count_steps(blocks: int, config: Config) -> int:
+    """Return how often `plan_compression` calls `on_block` if nothing was finished earlier."""
+    return blocks * (3 if measures_loss(config) else 1)
 
 
 def draft_block(
