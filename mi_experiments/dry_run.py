@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mi_experiments.config import Allocation, Config
+from mi_experiments.drafts import sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.loading import choose_device
@@ -20,7 +21,7 @@ from mi_experiments.memory_plan import (
 )
 from mi_experiments.method.grouping import group_sizes
 from mi_experiments.pipeline import corrects_targets
-from mi_experiments.plan import needs_activations, sparsity_of
+from mi_experiments.plan import needs_activations
 
 ACCELERATORS = (80, 24, 8)
 """Sizes in GiB that a dry run plans for beside the machine that it runs on."""

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -234,7 +235,7 @@ def _build(
     config: PreTrainedConfig, attention: str, experts: str, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """Build a model on the meta device."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if attention == "auto":
         attention = "sdpa" if kind._supports_sdpa else "eager"
     if attention == "sdpa" and not kind._supports_sdpa:
