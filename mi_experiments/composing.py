@@ -5,12 +5,12 @@ import difflib
 import re
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from mi_experiments.config import Config, CorpusConfig, EvaluationConfig
+from mi_experiments.config import Config
 from mi_experiments.errors import InputError
 
 
@@ -90,10 +90,8 @@ def children(parents: Iterable[str]) -> Iterable[str]:
     """Names of the keys below a path of the schema."""
     node: Any = Config
     for name in parents:
-        fields = (
-            {f.name: f.type for f in dataclasses.fields(node)}
-            if dataclasses.is_dataclass(node)
-            else {}
-        )
-        node = fields.get(name, CorpusConfig if node is EvaluationConfig or not fields else None)
+        if dataclasses.is_dataclass(node):
+            node = {field.name: field.type for field in dataclasses.fields(node)}.get(name)
+        else:  # a dictionary: whatever the key, its value is of the last type that it names
+            node = next(reversed(get_args(node)), None)
     return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []

@@ -9,12 +9,17 @@ import re
 from dataclasses import dataclass
 from enum import Enum
 
-from mi_experiments.errors import InputError
+from mi_experiments.errors import require
 from mi_experiments.llm.activations import Place
-from mi_experiments.llm.windows import BosPolicy, Sampling, Windows
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.hessian import SweepOrder
 from mi_experiments.method.information import Estimator
+from mi_experiments.text_config import (
+    DatasetConfig,
+    EvaluationConfig,
+    HubCorpusConfig,
+    check_texts,
+)
 
 UNQUANTIZED = 16
 """The width that stands for "not quantized"."""
@@ -70,6 +75,41 @@ class GridFit(Enum):
     survivors = "survivors"
 
 
+class OnSingular(Enum):
+    """What is done where a Hessian is not positive definite at `recipe.damping`.
+
+    `error`: the run ends. `escalate`: ten times the damping is tried, up to 1.0; if that fails, the
+    run ends. `skip`: the linears that read it stay as they are.
+    """
+
+    error = "error"
+    escalate = "escalate"
+    skip = "skip"
+
+
+class DeadChannels(Enum):
+    """What becomes of weights whose channel is zero on every calibration token.
+
+    `keep`: they are pruned and rounded like all others. `zero`: they become zero before anything
+    else, as in the published code of arXiv:2301.00774.
+    """
+
+    keep = "keep"
+    zero = "zero"
+
+
+class ScarceTokens(Enum):
+    """What is done with an expert to which fewer than `recipe.min_tokens` tokens are routed.
+
+    `all_tokens`: it is calibrated on all tokens that enter its module. `keep`: it stays as it is.
+    `error`: the run ends.
+    """
+
+    all_tokens = "all_tokens"
+    keep = "keep"
+    error = "error"
+
+
 class TrackingMode(Enum):
     """Where Weights & Biases records go; `auto` is online where a key exists, else offline."""
 
@@ -112,32 +152,9 @@ class ModelConfig:
         allowed = ("auto", "cpu", "cuda")
         named = self.device in allowed or bool(re.fullmatch(r"cuda:\d+", self.device))
         require("model.device", self.device, named, "auto, cpu, cuda or cuda:N")
-        attentions = ("eager", "sdpa")
-        require("model.attention", self.attention, self.attention in attentions, "eager or sdpa")
-
-
-@dataclass
-class DatasetConfig:
-    """Calibration text and how it is cut into sequences."""
-
-    corpus: str
-    path: str | None
-    text_field: str
-    nsamples: int
-    seqlen: int
-    batch_size: int
-    sampling: Sampling
-    add_bos: BosPolicy
-    holdout: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require_corpus("dataset", self.corpus, self.path)
-        require("dataset.nsamples", self.nsamples, self.nsamples >= 1, "at least 1")
-        require("dataset.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
-        require("dataset.batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        require("dataset.holdout", self.holdout, 0 < self.holdout < 1, "between 0 and 1")
+        attentions = ("auto", "eager", "sdpa")
+        known = self.attention in attentions
+        require("model.attention", self.attention, known, "auto, eager or sdpa")
 
 
 @dataclass
@@ -246,55 +263,25 @@ class RecipeConfig:
     input_share: float
     residual_share: float
     refine_rounds: int
+    on_singular: OnSingular
+    max_escalated: float
+    dead_channels: DeadChannels
+    min_tokens: int
+    scarce_tokens: ScarceTokens
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
         rounds = self.refine_rounds
         require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
+        require("recipe.min_tokens", self.min_tokens, self.min_tokens >= 1, "at least 1 token")
+        share = self.max_escalated
+        require("recipe.max_escalated", share, 0 <= share <= 1, "from 0 to 1")
         for key in ("input_share", "residual_share"):
             share = getattr(self, key)
             require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")
             fits = share == 0 or self.true_sequential
             require(f"recipe.{key}", share, fits, "0 unless recipe.true_sequential=true")
-
-
-@dataclass
-class CorpusConfig:
-    """One evaluation text."""
-
-    corpus: str
-    path: str | None
-    text_field: str
-    windows: Windows
-    separator: str
-    seqlen: int
-    max_windows: int | None
-    add_bos: BosPolicy
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require_corpus("evaluation.datasets.*", self.corpus, self.path)
-        require("evaluation.datasets.*.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
-        if self.max_windows is not None:
-            key = "evaluation.datasets.*.max_windows"
-            require(key, self.max_windows, self.max_windows >= 1, "at least 1, or null for all")
-
-
-@dataclass
-class EvaluationConfig:
-    """Perplexity protocol: which texts, cut how."""
-
-    protocol: str
-    datasets: dict[str, CorpusConfig]
-    batch_tokens: int
-    logits_chunk: int
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require("evaluation.datasets", self.datasets, bool(self.datasets), "at least one text")
-        require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
-        require("evaluation.logits_chunk", self.logits_chunk, self.logits_chunk >= 1, "at least 1")
 
 
 @dataclass
@@ -324,7 +311,7 @@ class MemoryConfig:
         """Check ranges."""
         for key in ("accelerator", "host"):
             size = getattr(self, key)
-            require(f"memory.{key}", size, size is None or size > 0, "gigabytes, or null")
+            require(f"memory.{key}", size, size is None or size > 0, "a size in GiB, or null")
 
 
 @dataclass
@@ -340,21 +327,12 @@ class Config:
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     memory: MemoryConfig
+    corpora: dict[str, HubCorpusConfig]
     seed: int
     export: Export
     dry_run: bool
     resume: str | None
 
-
-def require(key: str, value: object, holds: bool, allowed: str) -> None:
-    """Raise the one line that a person needs when a value is out of its range."""
-    if not holds:
-        raise InputError(f"{key}={value} is not allowed: {allowed}")
-
-
-def require_corpus(key: str, corpus: str, path: str | None) -> None:
-    """Check that a corpus is known and has the file that it needs."""
-    known = ("embedded", "text", "wikitext2", "ptb", "c4")
-    require(f"{key}.corpus", corpus, corpus in known, "one of " + ", ".join(known))
-    if corpus == "text":
-        require(f"{key}.path", path, bool(path), "a .txt or .jsonl file")
+    def __post_init__(self) -> None:
+        """Check what the parts say of each other."""
+        check_texts(self.corpora, self.dataset, self.evaluation)

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost
-from mi_experiments.llm.blocks import Block, Site
+from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, DeadChannels, OnSingular
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import fit_grid, scale_groups
-from mi_experiments.method.grouping import group_channels
+from mi_experiments.method.grouping import Grouping, group_channels
 from mi_experiments.method.hessian import Factor, Hessian, factorize
 from mi_experiments.method.information import (
     InformationSummary,
@@ -26,6 +27,9 @@ from mi_experiments.method.information import (
     summarize,
 )
 from mi_experiments.method.pruning import Sparsity, choose_pruned
+
+UNMEASURED = (Grouping.contiguous, Grouping.random)
+"""Groupings that need no activations."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,17 @@ def draft_site(
     groups = config.n_groups
     factor = matrix = summary = None
     if hessian is not None:
-        factor = factorize(hessian, damping=config.recipe.damping)
+        # What this factor is used for can bear more damping; the sweep that skips has its own.
+        escalate = config.recipe.on_singular is not OnSingular.error
+        factor = factorize(hessian, damping=config.recipe.damping, escalate=escalate)
         matrix = measure_information(hessian, groups.estimator)
         generator = torch.Generator().manual_seed(groups.seed)
         noise = noise_floor(hessian.sample, groups.estimator, generator)
         summary = summarize(matrix, noise, factor, groups.estimator)
+    # An expert without tokens that is to stay as it is has nothing to be grouped by.
+    measured = hessian is not None or groups.grouping in UNMEASURED
     channel_group = group_channels(
-        groups.grouping,
+        groups.grouping if measured else Grouping.contiguous,
         groups.count,
         site.columns,
         hessian=hessian,
@@ -121,7 +129,9 @@ def draft_site(
         prices = None
         if mixed and hessian is not None and factor is not None:
             weight = linear.read_weight()
-            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
+            if config.recipe.dead_channels is DeadChannels.zero:
+                weight.masked_fill_(hessian.dead, 0)
+            loss = fisher.get(linear.name, weight.new_ones(linear.rows)).to(weight.device)
             prices = price_groups(weight, loss, channel_group, hessian, factor, config)
         drafts.append(
             DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)

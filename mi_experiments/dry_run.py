@@ -1,19 +1,30 @@
 """dry_run: what a run would do, from the shapes of the model alone; no weight is loaded."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from mi_experiments.config import Allocation, Config, Dtype
+from mi_experiments.config import Allocation, Config
 from mi_experiments.drafts import sparsity_of
-from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.llm.blocks import Block, Site, describe_blocks
-from mi_experiments.llm.loading import load_skeleton
+from mi_experiments.errors import InputError
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.loading import choose_device
+from mi_experiments.llm.sites import Site
+from mi_experiments.memory_plan import (
+    GIB,
+    MemoryPlan,
+    Needs,
+    find_room,
+    measure_needs,
+    outline_model,
+    plan_memory,
+)
 from mi_experiments.method.grouping import group_sizes
 from mi_experiments.pipeline import corrects_targets
-from mi_experiments.plan import check_count, needs_activations
+from mi_experiments.plan import needs_activations
 
-FLOAT32 = 4
-"""Bytes of a number of the mathematics."""
+ACCELERATORS = (80, 24, 8)
+"""Sizes in GiB that a dry run plans for beside the machine that it runs on."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +33,7 @@ class SiteOutline:
 
     Attributes:
         blocks: number of blocks that have this site with this shape.
-        name: the linears that read one input.
+        name: the linears that read one input; with a star, those of every expert.
         shapes: rows × columns of each linear.
         group_sizes: channels in each group.
         effective_bits: everything stored, per weight, if the budget is met exactly.
@@ -46,13 +57,13 @@ class Outline:
         weights: of all linears to be compressed.
         passes: block passes over the calibration data: to measure and to go on, for the plan if
             it needs activations, and for the sweep; twice where the dense model runs along.
-        memory: bytes by what they hold.
+        memory: what will live where, by the name of a machine; a line where it does not fit.
     """
 
     sites: tuple[SiteOutline, ...]
     weights: int
     passes: int
-    memory: dict[str, int]
+    memory: dict[str, MemoryPlan | str]
 
 
 def dry_run(config: Config) -> Outline:
@@ -61,44 +72,35 @@ def dry_run(config: Config) -> Outline:
     Raises:
         InputError: the model's config cannot be read, or more groups than channels are asked for.
     """
-    embedded = config.model.path == "embedded"
-    model = load_skeleton(
-        str(MODEL_DIRECTORY) if embedded else config.model.path,
-        revision=config.model.revision,
-        offline=config.model.offline,
-        attention=config.model.attention,
-    )
-    blocks = describe_blocks(
-        model,
-        config.dataset.seqlen,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-    )
+    model, blocks = outline_model(config)
     sites = [(block, site) for block in blocks for site in block.sites]
     kinds: dict[object, list[tuple[Block, Site]]] = {}
     for block, site in sites:
-        check_count(site.columns, f"{block.name}.{site.name}", config.n_groups)
-        kinds.setdefault((site.name, shapes(site)), []).append((block, site))
-    text = model.config.get_text_config()
-    stored = next(model.parameters()).element_size()
-    item = {Dtype.auto: stored, Dtype.float32: 4}.get(config.model.dtype, 2)
+        kinds.setdefault((site.family, shapes(site)), []).append((block, site))
     streams = 2 if corrects_targets(config) else 1
-    widest = max(site.columns for _, site in sites)
-    samples = config.dataset.nsamples * config.dataset.seqlen
-    memory = {
-        "model weights": sum(p.numel() for p in model.parameters()) * item,
-        "activations": streams * samples * text.hidden_size * item,
-        "widest Hessian, factor and information": 4 * widest * widest * FLOAT32,
-        "logits in evaluation": config.evaluation.logits_chunk * text.vocab_size * FLOAT32,
-    }
-    measured = len(blocks[0].sites) if config.recipe.true_sequential else 1
+    measured = blocks[-1].sites[-1].stage + 1 if config.recipe.true_sequential else 1
     passes = len(blocks) * (2 * needs_activations(config) + streams * (measured + 1))
     return Outline(
         sites=tuple(outline(members, config) for members in kinds.values()),
         weights=sum(linear.rows * linear.columns for _, site in sites for linear in site.linears),
         passes=passes,
-        memory=memory,
+        memory=plan_machines(measure_needs(model, blocks, config), config),
     )
+
+
+def plan_machines(needs: Needs, config: Config) -> dict[str, MemoryPlan | str]:
+    """Plan the memory of this machine, or of the one described, and of usual accelerators."""
+    room = find_room(choose_device(config.model.device), Path.cwd(), config)
+    rooms = {"this machine": room} | {
+        f"{size} GiB accelerator": replace(room, accelerator=size * GIB) for size in ACCELERATORS
+    }
+    plans: dict[str, MemoryPlan | str] = {}
+    for name, place in rooms.items():
+        try:
+            plans[name] = plan_memory(needs, place, config)
+        except InputError as error:
+            plans[name] = str(error)
+    return plans
 
 
 def shapes(site: Site) -> tuple[tuple[int, int], ...]:
@@ -113,8 +115,8 @@ def outline(members: list[tuple[Block, Site]], config: Config) -> SiteOutline:
     effective = expected_effective_bits(site, sizes, config)
     weights = sum(rows * columns for rows, columns in shapes(site))
     return SiteOutline(
-        blocks=len(members),
-        name=site.name,
+        blocks=len({block.index for block, _ in members}),
+        name=site.family,
         shapes=shapes(site),
         group_sizes=tuple(sizes),
         effective_bits=effective,

@@ -3,8 +3,10 @@
 MiError
 ├── InputError        something the user gave cannot be used; exit code 2
 ├── NumericalError    the mathematics failed on real numbers; exit code 3
+│   └── SingularError     a Hessian is not positive definite
 ├── AuditError        a compressed linear is not what was promised; exit code 4
 └── ResumableError    the run was stopped and can continue; exit code 75
+    └── MemoryShortage    memory does not suffice
 """
 
 
@@ -26,6 +28,10 @@ class NumericalError(MiError):
     exit_code = 3
 
 
+class SingularError(NumericalError):
+    """A Hessian is not positive definite with the damping that it may be given."""
+
+
 class AuditError(MiError):
     """A compressed linear breaks one of the promises of its plan."""
 
@@ -36,3 +42,13 @@ class ResumableError(MiError):
     """The run stopped before its end, and the same command continues it (EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class MemoryShortage(ResumableError):
+    """Memory does not suffice, of the accelerator or of the host, even in the smallest pieces."""
+
+
+def require(key: str, value: object, holds: bool, allowed: str) -> None:
+    """Raise the one line that a person needs when a value is out of its range."""
+    if not holds:
+        raise InputError(f"{key}={value} is not allowed: {allowed}")

@@ -5,25 +5,27 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_experiments.config import Config, Export, ModelConfig
-from mi_experiments.embedded import MODEL_DIRECTORY
-from mi_experiments.errors import AuditError, MiError, ResumableError
-from mi_experiments.llm.activations import Place, allocator
+from mi_experiments.config import Config, Export
+from mi_experiments.embedded import find_model
+from mi_experiments.errors import MiError, ResumableError
+from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.inventory import take_inventory
-from mi_experiments.llm.loading import ModelSource, OpenModel, locate_model, open_model
+from mi_experiments.llm.loading import OpenModel, choose_device, locate_model, open_model
 from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.screening import OnNonfinite
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.windows import adds_bos
+from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
-from mi_experiments.plan import Plan, plan_compression
+from mi_experiments.plan import Plan, count_steps, plan_compression
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import fingerprint, measure_provenance
 from mi_experiments.record import (
@@ -31,15 +33,15 @@ from mi_experiments.record import (
     Evaluation,
     LinearReport,
     Result,
-    total_bits,
-    weighted_mean,
 )
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.screen import screen_calibration
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import StoredModel, tidy
-from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
+from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
+from mi_experiments.verdict import check_fallbacks, totals
 
 PLAN = "plan.safetensors"
 
@@ -55,6 +57,7 @@ class Run:
         calibration: token ids.
         commits: what is finished.
         stored: the compressed blocks.
+        memory: what lives where.
         allocate: makes room for hidden states.
         recorder: of the result.
         tracker: of the run.
@@ -68,6 +71,7 @@ class Run:
     calibration: Int[Tensor, "nsamples seqlen"]
     commits: Commits
     stored: StoredModel
+    memory: MemoryPlan
     allocate: Allocate
     recorder: Recorder
     tracker: Tracker
@@ -101,8 +105,10 @@ def run_experiment(
     recorder = Recorder(config, run_dir)
     recorder.update()
     try:
-        with reproducible_arithmetic(config.seed):
+        with reproducible_arithmetic(config.seed), recorder.count_retries():
             run = compute(config, recorder, tracker, progress, stop or StopRequest())
+        if recorder.result.bits is not None:
+            check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
         recorder.update(status="completed")
         tidy(run.commits, config.export)
     except BaseException as error:
@@ -123,6 +129,9 @@ def compute(
     """Do the work of one run, phase by phase."""
     with recorder.phase("load"):
         run = open_run(config, recorder, tracker, progress, stop)
+    if config.dataset.on_nonfinite is OnNonfinite.drop:
+        with recorder.phase("screen"):
+            run = screen(run)
     with recorder.phase("evaluate dense"):
         evaluate(run, "dense", run.opened.weights)
     with recorder.phase("plan"):
@@ -141,12 +150,20 @@ def open_run(
     config: Config, recorder: Recorder, tracker: Tracker, progress: Progress, stop: StopRequest
 ) -> Run:
     """Find the model and the texts, and what an earlier process finished of the same run."""
-    source = find_model(config.model)
+    memory = plan_run(config, recorder.run_dir)
+    progress.say(in_a_line(memory))
+    find_texts(config)
+    source = locate_model(
+        find_model(config.model.path),
+        revision=config.model.revision,
+        offline=config.model.offline,
+    )
+    device = choose_device(config.model.device)
     opened = open_model(
         str(source.directory),
         revision=None,
         dtype=config.model.dtype.name,
-        device=config.model.device,
+        device=device,
         offline=True,
         attention=config.model.attention,
         allow_float16=config.model.allow_float16,
@@ -154,13 +171,11 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
-    provenance = measure_provenance(config, source, opened.model, calibration)
+    bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
+    provenance = measure_provenance(config, source, opened.model, calibration, bos)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
     recorder.open()
     recorder.update(provenance=provenance)
-    place = config.memory.activations
-    if place is Place.auto:
-        place = Place.accelerator
     return Run(
         config=config,
         opened=opened,
@@ -168,12 +183,33 @@ def open_run(
         calibration=calibration,
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
-        allocate=allocator(place, opened.weights.device, recorder.run_dir),
+        memory=memory,
+        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,
         progress=progress,
         stop=stop,
     )
+
+
+def screen(run: Run) -> Run:
+    """Leave out the calibration samples that are not finite in the dense model."""
+    with run.progress.task("screen", total=len(run.opened.weights.blocks)) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        calibration, dropped = screen_calibration(
+            run.opened,
+            run.calibration,
+            run.config.dataset.batch_size,
+            allocate=run.allocate,
+            commits=run.commits,
+            on_block=on_block,
+        )
+    run.recorder.update(dropped=dropped)
+    return replace(run, calibration=calibration)
 
 
 def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
@@ -193,7 +229,7 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
 def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
     """Measure the perplexity of a model on one text."""
     evaluation = run.config.evaluation
-    wave_tokens = sum(map(len, text.windows))
+    wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
     with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
 
@@ -224,6 +260,7 @@ def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: 
         dropped_tokens=text.dropped_tokens,
         tokens_sha256=text.sha256,
         floor=text.floor,
+        bos=text.bos,
     )
 
 
@@ -231,7 +268,8 @@ def make_plan(run: Run) -> Plan:
     """Return the plan: the committed one, or a new one."""
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
-        with run.progress.task("plan", total=len(run.opened.weights.blocks)) as advance:
+        steps = count_steps(len(run.opened.weights.blocks), run.config)
+        with run.progress.task("plan", total=steps) as advance:
 
             def on_block(block: str) -> None:
                 advance(block)
@@ -244,6 +282,7 @@ def make_plan(run: Run) -> Plan:
                 on_block,
                 weights=run.opened.weights,
                 allocate=run.allocate,
+                hessian_bytes=run.memory.hessian_bytes,
                 commits=run.commits,
             )
         # Before it is written: a plan that came out differently must not take the place of one.
@@ -287,38 +326,15 @@ def compress(run: Run, plan: Plan) -> None:
             on_linear,
             weights=run.opened.weights,
             allocate=run.allocate,
+            hessian_bytes=run.memory.hessian_bytes,
             restore=restore,
         )
         for block in blocks:
             run.stored.store(block)
-    run.recorder.update(**totals(run, plan))
-    run.commits.adopt(LINEARS)
-
-
-def find_model(model: ModelConfig) -> ModelSource:
-    """Find the model's files: those of the package, a directory, or the hub."""
-    if model.path == "embedded":
-        return ModelSource(MODEL_DIRECTORY, None)
-    return locate_model(model.path, revision=model.revision, offline=model.offline)
-
-
-def totals(run: Run, plan: Plan) -> dict[str, Any]:
-    """Sum up all linears and hold the model to its budget.
-
-    Raises:
-        AuditError: the realised average is above the requested one.
-    """
-    linears, model = run.recorder.linears, run.config.model
-    bits = total_bits(linears, plan.requested)
-    if round(bits.average, 12) > plan.requested:
-        raise AuditError(f"average bits {bits.average} are above the requested {plan.requested}")
+    model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
-    return {
-        "bits": bits,
-        "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
-        "weights": sum(linear.weights for linear in linears),
-        "coverage": inventory.coverage,
-    }
+    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
+    run.commits.adopt(LINEARS)
 
 
 @contextmanager

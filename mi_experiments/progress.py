@@ -1,5 +1,6 @@
 """Progress bars on standard error; silent where nobody looks (no terminal)."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,12 +14,20 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+log = logging.getLogger(__name__)
+
 
 class Progress:
     """Draws one bar for each long task."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+
+    def say(self, line: str) -> None:
+        """Print a line where the bars are, and keep it in the log."""
+        log.info("%s", line)
+        if self.console.is_terminal:
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     @contextmanager
     def task(self, title: str, total: int) -> Iterator[Callable[..., None]]:

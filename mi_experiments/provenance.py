@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mi_experiments.texts import EvaluationText
 NUMERICS_VERSION = 2
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
 
-INCIDENTAL = ("tracking", "memory", "dry_run", "resume")
+INCIDENTAL = ("tracking", "memory", "dry_run", "resume", "recipe.max_escalated")
 """Parts of the config that move no number."""
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
@@ -36,6 +36,7 @@ def measure_provenance(
     source: ModelSource,
     model: nn.Module,
     calibration: Int[Tensor, "nsamples seqlen"],
+    calibration_bos: bool,
 ) -> Provenance:
     """Collect the provenance of a run whose model and calibration tokens are loaded."""
     device = next(model.parameters()).device
@@ -59,14 +60,24 @@ def measure_provenance(
         model_files=content_hash(source.directory),
         model_revision=source.commit,
         calibration_sha256=token_hash(calibration),
+        calibration_samples=len(calibration),
+        calibration_bos=calibration_bos,
     )
 
 
+def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return the parts of a config that can move a number."""
+    return {
+        key: without_incidental(part, f"{path}{key}.") if isinstance(part, Mapping) else part
+        for key, part in config.items()
+        if path + key not in INCIDENTAL
+    }
+
+
 def asked_config(config: Config) -> dict[str, Any]:
-    """Return the parts of the config that the numbers of a run depend on."""
-    parts = {key: part for key, part in to_plain(config).items() if key not in INCIDENTAL}
-    scrubbed: dict[str, Any] = scrub(parts)
-    return scrubbed
+    """Return what was asked, as far as it can move a number, without secrets."""
+    asked: dict[str, Any] = scrub(without_incidental(to_plain(config)))
+    return asked
 
 
 def fingerprint(

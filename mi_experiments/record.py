@@ -8,7 +8,7 @@ with `export=dense` the compressed model and its grids.
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from mi_experiments.atomic import write_atomically
 RESULT = "result.json"
 LINEARS = "linears.parquet"
 TIMINGS = "timings.parquet"
+
+CHANGED = ("compressed", "escalated")
+"""Status of a linear to which something was done."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,22 @@ class LinearReport:
         pairwise_information: mean mutual information of two channels, nats; None if not measured.
         information_noise: the same estimate on shuffled tokens, nats.
         redundancy: mean of what the other channels know about a channel, nats.
-        total_correlation: of the site's channels, nats.
-        damping: share of the mean diagonal that was added to the Hessian in the end.
+        total_correlation: of the site's channels, nats; None where there was no factor.
+        damping: share of the mean diagonal that was added to the Hessian in the end; None where
+            there was no factor: skipped, or all weights pruned.
         damping_attempts: all shares that were tried.
         dead_channels: channels that are zero on every calibration token.
         tokens: calibration tokens that the linear saw.
+        all_tokens: whether it was calibrated on all tokens, because those are too few.
         seconds: time of its grid fits and sweeps.
-        status: `compressed`, or `untouched` where neither bits nor sparsity were asked.
+        status: `compressed`; `escalated`, with more damping than asked; `skipped`, left as it was
+            because its Hessian is singular; `kept`, likewise because too few tokens are routed to
+            an expert; `untouched`, where neither bits nor sparsity were asked. The last three count
+            16 bits a weight.
+        plan_damping: share that was added to the dense model's Hessian, which groups and prices
+            come from; None if that was not measured.
+        retries: how often memory was short while it was measured or compressed, and the work was
+            done again in smaller pieces.
     """
 
     block: int
@@ -68,13 +80,21 @@ class LinearReport:
     pairwise_information: float | None
     information_noise: float | None
     redundancy: float | None
-    total_correlation: float
-    damping: float
+    total_correlation: float | None
+    damping: float | None
     damping_attempts: tuple[float, ...]
     dead_channels: int
     tokens: int
     seconds: float
     status: str
+    plan_damping: float | None = None
+    retries: int = 0
+    all_tokens: bool = False
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything was done to it."""
+        return self.status in CHANGED
 
     @property
     def weights(self) -> int:
@@ -95,7 +115,7 @@ class Evaluation:
 
     Attributes:
         protocol: name of the evaluation protocol.
-        windows: how the text was cut: `joined` or `documents`.
+        windows: how the text was cut: `joined`, `documents` or `sampled`.
         seqlen: tokens in a window, at most.
         nll: mean negative log-likelihood per predicted token, nats.
         perplexity: exp(nll).
@@ -105,6 +125,7 @@ class Evaluation:
         dropped_tokens: tokens at the end that filled no window.
         tokens_sha256: content hash of the windows.
         floor: perplexity of the true distribution on the same tokens, where it is known.
+        bos: whether a beginning token was put before each text; None in records without it.
     """
 
     protocol: str
@@ -118,6 +139,7 @@ class Evaluation:
     dropped_tokens: int
     tokens_sha256: str
     floor: float | None
+    bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -137,6 +159,10 @@ class Provenance:
         model_files: SHA-256 of each file of the model.
         model_revision: commit that a hub id resolved to; None for a directory.
         calibration_sha256: content hash of the calibration tokens.
+        calibration_samples: sequences that there were, fewer than asked if that was allowed; None
+            in records without it.
+        calibration_bos: whether a beginning token was put before each calibration document; None
+            in records without it.
     """
 
     numerics_version: int
@@ -151,6 +177,8 @@ class Provenance:
     model_files: dict[str, str]
     model_revision: str | None
     calibration_sha256: str | None
+    calibration_samples: int | None = None
+    calibration_bos: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +208,10 @@ class Result:
         memory: peak bytes of host and accelerator.
         seconds: by phase, over all the times that the run was continued.
         resumed: how many times it was.
+        statuses: number of linears by status.
+        dropped: calibration samples that were left out, and in what they were not finite; messages
+            of later phases count the samples that are left.
+        retries: how often memory was short and work was done again in smaller pieces.
     """
 
     status: str
@@ -195,6 +227,9 @@ class Result:
     memory: dict[str, int]
     seconds: dict[str, float]
     resumed: int
+    statuses: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    retries: int = 0
 
 
 def write_result(result: Result, run_dir: Path) -> None:
@@ -235,6 +270,9 @@ LINEAR_SCHEMA = pa.schema([
     ("dead_channels", pa.int64()),
     ("tokens", pa.int64()),
     ("status", pa.string()),
+    ("plan_damping", pa.float64()),
+    ("retries", pa.int64()),
+    ("all_tokens", pa.bool_()),
 ])
 TIMING_SCHEMA = pa.schema([("name", pa.string()), ("seconds", pa.float64())])
 

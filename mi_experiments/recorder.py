@@ -16,6 +16,7 @@ from mi_experiments.config import Config
 from mi_experiments.record import LinearReport, Result, read_result, write_linears, write_result
 from mi_experiments.resume import read_manifest
 from mi_experiments.scrubbing import scrub
+from mi_experiments.shortage import Retries, count_retries, shortage_in
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class Recorder:
         self.opened = read_manifest(run_dir) is None
         self.written = 0
         self.linears: list[LinearReport] = []
+        self.retries = Retries()
+        self.earlier_retries = 0
         self.result = Result(
             status="running",
             error=None,
@@ -50,6 +53,7 @@ class Recorder:
             # Of an earlier process only its time counts: all else is committed, or done again.
             earlier = read_result(run_dir)
             self.result = replace(self.result, seconds=earlier.seconds, resumed=earlier.resumed + 1)
+            self.earlier_retries = earlier.retries
 
     def open(self) -> None:
         """Write the result from now on."""
@@ -57,7 +61,9 @@ class Recorder:
 
     def update(self, **changes: Any) -> None:
         """Change fields of the result and write it."""
-        self.result = replace(self.result, **changes, memory=peak_memory())
+        retries = self.earlier_retries + self.retries.count
+        changes |= {"memory": peak_memory(), "retries": retries}
+        self.result = replace(self.result, **changes)
         if not self.opened:
             return
         write_result(self.result, self.run_dir)
@@ -66,12 +72,23 @@ class Recorder:
             self.written = len(self.linears)
 
     @contextmanager
+    def count_retries(self) -> Iterator[None]:
+        """Count for the record how often memory is short."""
+        with count_retries() as self.retries:
+            yield
+
+    @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase and record it."""
+        """Time a phase and record it.
+
+        Raises:
+            MemoryShortage: in the place of whatever else says that memory ran out.
+        """
         log.info("%s", name)
         started = time.perf_counter()
         try:
-            yield
+            with shortage_in(name):
+                yield
         finally:
             elapsed = time.perf_counter() - started + self.result.seconds.get(name, 0.0)
             self.update(seconds=self.result.seconds | {name: elapsed})

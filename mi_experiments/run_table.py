@@ -33,6 +33,9 @@ SHORT = {
 }
 """Columns of the settings that are named most, by config key; every other key is its own column."""
 
+SYNONYMS = SHORT | {"perplexity": "compressed"}
+"""Other names of columns."""
+
 DOTTED = {short: key for key, short in SHORT.items()}
 RESULTS = ("realised_sparsity", "average_bits", "effective_bits", "dense", "compressed", "excess",
            "difference", "seconds", "peak_memory")  # fmt: skip
@@ -153,15 +156,15 @@ def belongs(key: str, text: object) -> bool:
 
 
 def find_column(frame: pd.DataFrame, name: str) -> str:
-    """Return the column of a short name or config key.
+    """Return the column of a name: its own, a config key, or `perplexity`.
 
     Raises:
         InputError: there is none.
     """
-    column = SHORT.get(name, name)
+    column = SYNONYMS.get(name, name)
     if column in frame:
         return column
-    near = difflib.get_close_matches(name, [*frame.columns, *SHORT], n=1)
+    near = difflib.get_close_matches(name, [*frame.columns, *SYNONYMS], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     some = ", ".join(frame.columns[:20])
     raise InputError(f"unknown column {name}{hint} (text needs quotes; columns: {some}, …)")

@@ -30,7 +30,9 @@ def select_rows(frame: pd.DataFrame, expression: str) -> pd.DataFrame:
         named = frame[list(query.columns)].set_axis(list(query.columns.values()), axis=1)
         chosen = named.query(text, engine="python", local_dict=query.values).index
     except (SyntaxError, TypeError, ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", None) or error
+        reason = str(getattr(error, "msg", None) or error)
+        if isinstance(error, SyntaxError):
+            reason += " (compare with ==, write text in quotes)"
         raise InputError(f"--where {expression!r} cannot be understood: {reason}") from error
     if chosen.empty:
         raise InputError(f"--where {expression!r} holds for none of {len(frame)} rows")

@@ -67,7 +67,7 @@ class StoredModel:
             names[0]: (tensors, {"format": "pt"}),
             names[1]: (json.dumps(linears, indent=1) + "\n").encode(),
         }
-        changed = [linear for linear in block.linears if linear.report.status != "untouched"]
+        changed = [linear for linear in block.linears if linear.report.changed]
         if self.config.export is Export.dense:
             grids = {linear.report.name: linear.grids for linear in changed}
             files[names[2]] = grid_tensors(grids), {}

@@ -1,9 +1,12 @@
-"""Shared fixtures: one thread, and tiny models built without a network."""
+"""Shared fixtures: one thread, caches outside the home, and tiny models built without a network."""
 
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mi-experiments-tests-")
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,18 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """Remove the memory-mapped copies of the texts that tests wrote."""
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give every test a token cache of its own, subprocesses included."""
+    monkeypatch.setenv("MI_EXPERIMENTS_CACHE", str(tmp_path / "mi-cache"))
+    return tmp_path / "mi-cache"
 
 
 @pytest.fixture

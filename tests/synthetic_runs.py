@@ -5,7 +5,17 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mi_experiments.record import Bits, Evaluation, Provenance, Result, write_result
+from mi_experiments.commands.compare import compose, make_table, parse
+from mi_experiments.record import (
+    Bits,
+    Evaluation,
+    LinearReport,
+    Provenance,
+    Result,
+    write_linears,
+    write_result,
+)
+from mi_experiments.views.data import Comparison
 
 CONFIG: dict[str, Any] = {
     "model": {"name": "local", "path": "models/a", "seqlen": 64, "ignore": [], "offline": True},
@@ -89,3 +99,40 @@ def make_broken_run(run_dir: Path, status: str, error: str | None, **changes: An
         ),
         run_dir,
     )  # fmt: skip
+
+
+KINDS: dict[str, tuple[str, int, int]] = {
+    "attn.q_proj": ("attn.q_proj+v_proj", 64, 64),
+    "attn.v_proj": ("attn.q_proj+v_proj", 32, 64),
+    "mlp.down_proj": ("mlp.down_proj", 64, 96),
+}
+"""Name inside its block, to the site's name, rows and columns."""
+
+
+def make_linears(run_dir: Path, blocks: int = 3, salt: float = 0.0, prefix: str = "model.") -> None:
+    """Write linears whose numbers differ in every linear, block and run."""
+    linears = []
+    for block in range(blocks):
+        for place, (kind, (site, rows, columns)) in enumerate(KINDS.items()):
+            step = block + place / 7 + salt / 13
+            wide = 0.5 + 0.25 * (block % 2)
+            values = {
+                "block": block, "name": f"{prefix}layers.{block}.{kind}",
+                "site": f"{prefix}layers.{block}.{site}", "rows": rows, "columns": columns,
+                "bits": {3: int(columns * wide), 4: columns - int(columns * wide)},
+                "average_bits": 3 + step / 11, "effective_bits": 3.5 + step / 17,
+                "sparsity": 0.5, "output_error": (1 + step) / 300, "levels": 16, "groups": 4,
+                "pairwise_information": (1 + block) / 30, "information_noise": 1 / 7e5,
+                "redundancy": 0.4 + block / 9, "total_correlation": 10 / 3 + block,
+                "damping": 0.1, "damping_attempts": (0.01, 0.1), "dead_channels": 0,
+                "tokens": 2048, "seconds": 0.1 + step / 3, "status": "compressed",
+            }  # fmt: skip
+            linears.append(LinearReport(**values))
+    write_linears(linears, run_dir)
+
+
+def compare_runs(*arguments: object) -> Comparison:
+    """Return what `mi-compare` shows for a command line."""
+    options = parse([str(argument) for argument in arguments])
+    runs, shown, _ = make_table(options)
+    return compose(runs, shown, options)

@@ -19,6 +19,7 @@ FORBIDDEN = {
     "pipeline": ("experiment", "commands", "tracking", "embedded"),
     "tracking": ("plan", "pipeline", "experiment", "commands", "llm", "method"),
     "experiment": ("commands",),
+    "views": ("plan", "pipeline", "experiment", "commands", "config", "llm", "method"),
 }  # fmt: skip
 
 

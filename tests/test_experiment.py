@@ -173,7 +173,7 @@ def test_several_texts_in_one_run(config_of: Callable[..., Config], tmp_path: Pa
     result = run(
         config_of(
             f"+evaluation.datasets.other={{{settings}, path: {other}, windows: joined, "
-            "add_bos: auto}"
+            "split: null, first_rows: null, seed: 0, add_bos: auto}"
         ),
         tmp_path / "run",
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mi_experiments import drafts, measure, pipeline, plan
+from mi_experiments import drafts, measure, pipeline, plan, solving
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
@@ -89,7 +89,7 @@ def test_every_site_has_one_hessian_and_one_factor(
         measure, "HessianAccumulator", counting("hessians", measure.HessianAccumulator)
     )
     monkeypatch.setattr(drafts, "factorize", counting("plan factors", drafts.factorize))
-    monkeypatch.setattr(pipeline, "factorize", counting("sweep factors", pipeline.factorize))
+    monkeypatch.setattr(solving, "factorize", counting("sweep factors", solving.factorize))
     linears = compressed(tiny_model("llama"), tokens)
     sites = {linear.report.site for linear in linears}
     assert (len(linears), len(sites)) == (14, 8)
@@ -210,16 +210,3 @@ def test_a_bad_activation_names_block_and_site(
         model.get_submodule("model.layers.1.post_attention_layernorm").weight[3] = float("inf")
     with pytest.raises(Exception, match=r"block 1, mlp.gate_proj\+up_proj"):
         compressed(model, tokens)
-
-
-def test_dead_channels_keep_their_weights_and_are_counted(
-    tiny_model: Callable[..., Any], tokens: torch.Tensor
-) -> None:
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.get_submodule("model.layers.0.input_layernorm").weight[5] = 0
-    linears = compressed(model, tokens, "sparsity=dense", "wbits.average=8", "recipe=textbook")
-    query = linears[0]
-    assert query.report.name.endswith("q_proj")
-    assert query.report.dead_channels == 1
-    assert (model.get_parameter("model.layers.0.self_attn.q_proj.weight")[:, 5] != 0).any()

@@ -4,9 +4,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 
 from mi_experiments import provenance
-from mi_experiments.provenance import checkout_commit, scrub_argument
+from mi_experiments.commands.run import conf_directory
+from mi_experiments.composing import from_hydra
+from mi_experiments.llm.loading import ModelSource
+from mi_experiments.llm.windows import token_hash
+from mi_experiments.provenance import checkout_commit, measure_provenance, scrub_argument
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -43,3 +49,14 @@ def test_the_commit_is_that_of_the_checkout(
     assert checkout_commit() == head
     (package / "provenance.py").write_text("changed")
     assert checkout_commit() == f"{head}+"
+
+
+def test_what_the_calibration_was_is_recorded(tiny_directory: Path) -> None:
+    with initialize_config_dir(conf_directory(), version_base="1.3"):
+        config = from_hydra(compose("config", ["dataset.nsamples=9"]))
+    calibration = torch.arange(24).view(3, 8)  # fewer than asked for
+    found = measure_provenance(
+        config, ModelSource(tiny_directory, None), torch.nn.Linear(1, 1), calibration, True
+    )
+    assert (found.calibration_samples, found.calibration_bos) == (3, True)
+    assert found.calibration_sha256 == token_hash(calibration)

@@ -119,6 +119,7 @@ def test_an_unknown_column_gets_its_neighbour(tmp_path: Path) -> None:
     make_run(tmp_path / "0")
     frame = read_runs([tmp_path])
     assert find_column(frame, "wbits.average") == find_column(frame, "wbits") == "wbits"
+    assert find_column(frame, "perplexity") == "compressed"
     with pytest.raises(InputError, match=r"unknown column exces; did you mean excess\?"):
         find_column(frame, "exces")
 

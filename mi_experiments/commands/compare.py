@@ -3,8 +3,10 @@
 import argparse
 import os
 import re
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -19,11 +21,14 @@ from mi_experiments.run_table import (
     COUNT,
     INTERVAL,
     RESULTS,
+    SYNONYMS,
     find_column,
     read_runs,
     varying,
 )
 from mi_experiments.selection import select_rows
+from mi_experiments.views.data import Comparison, choose_colour, gather_details
+from mi_experiments.views.page import write_page
 
 PROGRAM = "mi-compare"
 SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".tex": "latex",
@@ -35,6 +40,7 @@ examples:
   mi-compare sweeps --over seed --sort excess           means with 95 % t intervals
   mi-compare sweeps --baseline grouping=random --over seed      paired differences of excess
   mi-compare sweeps --over seed --pivot grouping wbits excess --output excess.tex --digits 3
+  mi-compare sweeps --over seed --html sweeps.html      one page: plots, layers, sortable table
 
 columns: the settings by config key (wbits.average) or short name (wbits); dense and compressed
 perplexity; excess = compressed - dense negative log-likelihood, nats per token; average_bits and
@@ -85,10 +91,20 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--pivot", nargs=3, metavar=("ROWS", "COLUMNS", "VALUE"), help="a table of two settings")
     add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by --output")
     add("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
+    add("--html", type=Path, metavar="FILE", help="write a page: plots, layers, sortable table")
+    add("--plots", type=Path, metavar="DIR", help="write the plots of the page as PNG and PDF")
+    add("--wandb", action="store_true", help="save a view of the runs in Weights & Biases")
+    add("--by", metavar="KEY", help="the setting that colours tell apart (default: what varies)")
     add("--digits", type=int, metavar="N", help="decimals of results (table: 4; others: exact)")
     # argparse takes the value -excess for an option unless it is joined to its own.
     joined = re.sub(r"(^|\0)--sort\0(?=-\w)", r"\1--sort=", "\0".join(arguments))
     options = parser.parse_args(joined.split("\0") if joined else [])
+    options.command = shlex.join([PROGRAM, *arguments])
+    options.views = bool(options.html or options.plots or options.wandb)
+    if options.pivot and options.views:
+        parser.error("--pivot is for tables: leave out --html, --plots and --wandb")
+    if options.by and not (options.html or options.plots):
+        parser.error("--by is a plot's colour: give --html or --plots")
     if options.pivot and options.columns:
         parser.error("--columns and --pivot cannot be joined")
     if options.digits is not None and options.digits < 0:
@@ -104,25 +120,97 @@ def names(text: str) -> list[str]:
 def compare(options: argparse.Namespace) -> None:
     """Read, select, pair, average, sort, choose columns, and print or write."""
     form = choose_format(options.format, options.output)
-    frame = read_runs(options.paths)
+    runs, shown, notes = make_table(options)
+    if options.views:
+        notes += write_views(compose(runs, shown, options), options)
+        if options.output is None and options.format is None:
+            print_notes(notes)
+            return
+    if options.pivot:
+        shown = pivot(shown, *options.pivot)
+    else:
+        shown = shown[choose_columns(shown, options.columns, form)]
+    deliver(shown, form, options, notes)
+
+
+def make_table(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the runs in order; they or their means, in order; and notes about them."""
+    runs = read_runs(options.paths)
     if options.where:
-        frame = select_rows(frame, options.where)
-    notes = unfinished(frame)
+        runs = select_rows(runs, options.where)
+    notes = unfinished(runs)
     if options.baseline:
-        frame = add_difference(frame, options.baseline)
-        alone = int((frame["difference"].isna() & (frame["status"] == "completed")).sum())
+        runs = add_difference(runs, options.baseline)
+        alone = int((runs["difference"].isna() & (runs["status"] == "completed")).sum())
         notes += [f"{alone} rows have no partner with {options.baseline}"] * bool(alone)
-    if options.over:
-        frame = average_over(frame, options.over)
-    for key in reversed(options.sort):
+    if not options.over:
+        runs = sort_rows(runs, options.sort)
+        return runs, runs, notes
+    means = sort_rows(average_over(runs, options.over), options.sort)
+    # The runs have no column for what an average adds: `runs`, `excess_ci95`.
+    of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *SYNONYMS}]
+    return sort_rows(runs, of_runs), means, notes
+
+
+def sort_rows(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Order the rows by columns, the first of them first; `-KEY` is descending."""
+    for key in reversed(keys):
         column = find_column(frame, key.removeprefix("-"))
         rising = not key.startswith("-")
         frame = frame.sort_values(column, ascending=rising, kind="stable", ignore_index=True)
-    if options.pivot:
-        frame = pivot(frame, *options.pivot)
-    else:
-        frame = frame[choose_columns(frame, options.columns, form)]
-    deliver(frame, form, options, notes)
+    return frame
+
+
+def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace) -> Comparison:
+    """Return what the views show: the runs and, where `shown` is their means, both."""
+    means = shown if options.over else None
+    asked = [] if options.over else options.columns
+    return Comparison(
+        runs=runs,
+        means=means,
+        over=tuple(options.over),
+        columns=page_columns(runs, asked),
+        mean_columns=page_columns(shown, options.columns) if options.over else (),
+        colour=choose_colour(shown, options.by),
+        details=gather_details(options.paths, runs["run"]),
+        command=options.command,
+    )
+
+
+def page_columns(frame: pd.DataFrame, asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of the page's table: those of a file, the errors as the last."""
+    columns = choose_columns(frame, asked, "page")
+    return tuple(sorted(columns, key=lambda name: not asked and name == "error"))
+
+
+def write_views(comparison: Comparison, options: argparse.Namespace) -> list[str]:
+    """Write what was asked for beside the table, and return what is to be said about it."""
+    count = len(comparison.details)
+    if options.html:
+        write_atomically(options.html, write_page(comparison).encode())
+        print(f"{options.html}: a page of {count} {'run' if count == 1 else 'runs'}")
+    notes: list[str] = []
+    if options.plots:
+        with extra("--plots", "plots"):
+            from mi_experiments.views.plots import write_plots
+        drawn, notes = write_plots(comparison, options.plots)
+        print(f"{options.plots}: {len(drawn)} plots as PDF and PNG")
+    if options.wandb:
+        with extra("--wandb", "workspaces"):
+            from mi_experiments.views.workspace import publish_workspace
+        print(publish_workspace(comparison, options.paths[0]))
+    return notes
+
+
+@contextmanager
+def extra(option: str, name: str) -> Iterator[None]:
+    """Say how to install what an option needs where that is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = str(error.name).partition(".")[0]
+        install = f"pip install 'mi-experiments[{name}]'"
+        raise InputError(f"{option} needs {module}: {install}") from error
 
 
 def choose_format(form: str | None, output: Path | None) -> str:
@@ -146,11 +234,17 @@ def unfinished(frame: pd.DataFrame) -> list[str]:
 
 
 def choose_columns(frame: pd.DataFrame, asked: Sequence[str], form: str) -> list[str]:
-    """Return the columns asked for; by default what varies between the rows, and the results."""
+    """Return the columns asked for; by default what varies between the rows, and the results.
+
+    Interval and count go with a mean.
+    """
     if asked == ["all"]:
         return list(frame)
     if asked:
-        return list(dict.fromkeys(find_column(frame, name) for name in asked))
+        found = [
+            find_column(frame, name) + part for name in asked for part in ("", INTERVAL, COUNT)
+        ]
+        return [name for name in dict.fromkeys(found) if name in frame]
     shown = ["run"]
     if (frame["status"] != "completed").any():
         # In a table the errors are lines below it.
@@ -170,10 +264,15 @@ def deliver(
         return
     content = write_table(frame, form, options.digits, notes)
     if form != "table":
-        for note in notes:
-            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+        print_notes(notes)
     if options.output is None:
         sys.stdout.write(content.decode())
     else:
         write_atomically(options.output, content)
         print(f"{options.output}: {len(frame)} rows")
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Print to standard error what a file has no place for."""
+    for note in notes:
+        print(f"{PROGRAM}: note: {note}", file=sys.stderr)

@@ -29,7 +29,13 @@ from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
 from mi_experiments.experiment import run_experiment
 from mi_experiments.progress import Progress
-from mi_experiments.provenance import INCIDENTAL, NUMERICS_VERSION, asked_config, scrub_argument
+from mi_experiments.provenance import (
+    INCIDENTAL,
+    NUMERICS_VERSION,
+    asked_config,
+    scrub_argument,
+    without_incidental,
+)
 from mi_experiments.record import RESULT, Result, read_result
 from mi_experiments.resume import Commits, StopRequest, read_manifest, refuse_changes
 from mi_experiments.scrubbing import scrub
@@ -199,16 +205,19 @@ def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
                 ) from error
             finished = result if result.status == "completed" else None
         begun = read_manifest(run_dir)
-        known = begun["fingerprint"]["config"] if begun else finished and finished.config
-        if known:
-            refuse_changes(run_dir, known, asked_config(config))
+        if begun is not None:
+            refuse_changes(run_dir, begun["fingerprint"]["config"], asked_config(config))
+        elif finished is not None:
+            refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
         yield finished
 
 
 def config_hash(*, _root_: DictConfig) -> str:
     """Name what a run will compute: ten hexadecimal digits of everything that moves a number."""
     keys = [key for key in map(str, _root_) if key not in ("hydra", *INCIDENTAL)]
-    asked = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
+    composed = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
+    assert isinstance(composed, dict)
+    asked = without_incidental({str(key): part for key, part in composed.items()})
     text = json.dumps([NUMERICS_VERSION, asked], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

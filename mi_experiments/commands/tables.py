@@ -1,6 +1,7 @@
 """What a person reads in the terminal."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.table import Table
 
 from mi_experiments.config import Config
 from mi_experiments.dry_run import Outline
+from mi_experiments.memory_plan import MemoryPlan, show
 from mi_experiments.record import LINEARS, RESULT, Evaluation, Result
 from mi_experiments.tracking import Tracker
 
@@ -68,6 +70,13 @@ def budget_table(result: Result) -> Table:
         table.add_row("effective bits", f"{result.bits.effective:.4f}  (with all that is stored)")
     table.add_row("sparsity", f"{result.sparsity:.4f}")
     table.add_row("weights", f"{result.weights:,}  ({result.coverage:.1%} of the blocks')")
+    if set(result.statuses) - {"compressed"}:
+        counts = ", ".join(f"{count} {status}" for status, count in result.statuses.items())
+        table.add_row("linears", counts)
+    if result.dropped:
+        table.add_row("left out", f"{len(result.dropped)} calibration samples, not finite")
+    if result.retries:
+        table.add_row("memory short", f"{result.retries} times: done again in smaller pieces")
     table.add_row("peak memory", f"{max(result.memory.values()) / 1e9:.2f} GB")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     table.add_row("time", f"{sum(result.seconds.values()):.1f} s  ({phases})")
@@ -96,9 +105,28 @@ def print_dry_run(outline: Outline, config: Config, console: Console) -> None:
     summary.add_row("sparsity", f"{config.sparsity.ratio:g}")
     summary.add_row("calibration", f"{config.dataset.nsamples} × {config.dataset.seqlen} tokens")
     summary.add_row("block passes", f"{outline.passes}")
-    for name, size in outline.memory.items():
-        summary.add_row(f"memory: {name}", f"{size / 1e6:,.1f} MB")
     console.print(summary)
+    console.print(memory_table(outline.memory))
+
+
+def memory_table(plans: Mapping[str, MemoryPlan | str]) -> Table:
+    """Return what will live where, for one or more machines."""
+    table = Table(title="memory plan", title_justify="left")
+    for heading in ("", "accelerator", "host", "disk", "hidden states"):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for name, plan in plans.items():
+        if isinstance(plan, str):
+            table.add_row(name, "does not fit", "", "", plan)
+            continue
+        on = plan.accelerator, plan.room.accelerator
+        table.add_row(
+            name,
+            "" if on[0] is None or on[1] is None else f"{show(on[0])} of {show(on[1])}",
+            f"{show(plan.host)} of {show(plan.room.host)}",
+            f"{show(plan.disk)} of {show(plan.room.disk)}",
+            f"{show(plan.needs.activations)} in {plan.activations.name}",
+        )
+    return table
 
 
 def show_sizes(sizes: tuple[int, ...]) -> str:

@@ -9,3 +9,8 @@ likelihood, `grammar` is the program that writes them, `entropy` its closed form
 from pathlib import Path
 
 MODEL_DIRECTORY: Path = Path(__file__).parent / "model"
+
+
+def find_model(path: str) -> str:
+    """Return a directory or hub id; `embedded` is the model of the package."""
+    return str(MODEL_DIRECTORY) if path == "embedded" else path

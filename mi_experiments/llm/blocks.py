@@ -5,38 +5,27 @@ what an architecture adds is at most the path of its block list.
 """
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.replay import Allocate, Stop, Stream, hooks, open_stream
+from mi_experiments.llm.replay import Allocate, Call, Stop, Stream, open_stream
+from mi_experiments.llm.sites import Site, find_sites
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.watching import watch
+from mi_experiments.shortage import until_it_fits
 
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One input tensor and the linears that read it, in the order in which they run.
-
-    Attributes:
-        name: The linears, relative to the block: ``self_attn.q_proj+k_proj+v_proj``.
-        columns: Channels of the input.
-        linears: Never empty.
-    """
-
-    name: str
-    columns: int
-    linears: tuple[LinearView, ...]
+NO_SHAPES = "the shapes in this model depend on its activations, so it has no dry run; run it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +55,17 @@ class Block:
     ) -> None:
         """Run the block with its present weights and hand over what the sites read.
 
-        Each batch ends as soon as the last of the sites has been read, so one call per site, each
+        Each batch ends as soon as the last of the sites has been read, so one call per stage, each
         after compressing the earlier ones, is true-sequential and wastes little.
 
         Args:
             sites: Sites of this block.
             consume: Called once per batch and site, in execution order, with a view of the
-                activations in the dtype of the model; it must neither change nor keep them.
+                activations in the dtype in which they are multiplied; it must neither change nor
+                keep them. A routed site gets the tokens routed to it, and no call if there is none.
 
         Raises:
-            InputError: If a batch does not reach one of the sites, or reaches it twice.
+            InputError: If a batch reaches a site twice, or one that is not routed not at all.
             RuntimeError: If the walk has already gone past this block.
             ValueError: If a site belongs to another block.
         """
@@ -88,49 +78,53 @@ class Block:
         consume: Callable[[Site, Float[Tensor, "tokens columns"]], None],
     ) -> Iterator[int]:
         """Do as `feed`, and stop after each batch to yield its first sample."""
-        if self.stream.position != self.index:
-            raise RuntimeError(f"the walk has left {self.name}; feed a block before the next one")
         if foreign := [site.name for site in sites if site not in self.sites]:
             raise ValueError(f"{self.name} has no such sites: {foreign}")
         if not sites:
             return
-        pending: set[Site] = set()
+        reached: set[Site] = set()
 
         def read(linear: LinearView, tensor: Tensor) -> None:
             site = reader[linear]
-            if site not in pending:
+            if site in reached:
                 raise InputError(f"{linear.name} is called twice in one pass; ignore it by name")
-            pending.remove(site)
-            consume(site, tensor.flatten(0, -2))
-            if not pending:
+            reached.add(site)
+            # An expert may be called although no token is routed to it.
+            if tensor.numel() or not site.routed:
+                consume(site, tensor.flatten(0, -2))
+            if len(reached) == len(reader):
                 raise Stop
 
         reader = {site.linears[0]: site for site in sites}
-        with hooks(_watch(linear, read) for linear in reader):
-            for start, hidden, call in self.stream.batches():
-                pending.update(sites)
-                try:
-                    # Here and not around the generator, whose caller has a grad mode of its own.
-                    with torch.no_grad():
-                        call.replay(self.module, hidden)
-                except Stop:
-                    yield start
-                    continue
-                names = sorted(site.linears[0].name for site in pending)
-                raise InputError(f"samples {start} to {start + len(hidden) - 1} reach no {names}")
+        with watch(reader, read):
+            for start, hidden, call in self.batches():
+                reached.clear()
+                # Here and not around the generator, whose caller has a grad mode of its own.
+                with suppress(Stop), torch.no_grad():
+                    call.replay(self.module, hidden)
+                missed = {site for site in sites if not site.routed} - reached
+                if names := sorted(site.linears[0].name for site in missed):
+                    last = start + len(hidden) - 1
+                    raise InputError(f"samples {start} to {last} reach no {names}")
+                yield start
+
+    def batches(self) -> Iterator[tuple[int, Float[Tensor, "batch seqlen hidden"], Call]]:
+        """Yield the first sample, the hidden states and the call of every batch, in order.
+
+        Raises:
+            RuntimeError: If the walk has already gone past this block.
+        """
+        if self.stream.position != self.index:
+            raise RuntimeError(f"the walk has left {self.name}; feed a block before the next one")
+        return self.stream.batches()
 
     def copy(self, stream: Stream) -> "Block":
         """Copy the block with its present weights, to read other hidden states."""
         module = copy.deepcopy(self.module)
-
-        def copied(linear: LinearView) -> LinearView:
-            return LinearView(
-                linear.name, module.get_submodule(linear.name.removeprefix(f"{self.name}."))
-            )
-
-        views = {linear: copied(linear) for linear in self.linears}
+        modules = dict(zip(self.module.modules(), module.modules(), strict=True))
+        views = {l: replace(l, module=modules[l.module]) for l in self.linears}  # noqa: E741
         sites = tuple(
-            Site(site.name, site.columns, tuple(views[linear] for linear in site.linears))
+            replace(site, linears=tuple(views[linear] for linear in site.linears))
             for site in self.sites
         )
         return Block(self.index, self.name, module, tuple(views.values()), sites, stream)
@@ -173,9 +167,12 @@ def walk_blocks(
         stream = open_stream(model, path, modules, tokens, batch_size, allocate)
     for index, module in enumerate(modules):
         name = f"{path}.{index}"
-        linears = inventory.linears[index]
         with held(weights, index):
-            sites = _find_sites(name, module, linears, stream)
+            find = partial(find_sites, name, module, inventory.linears[index], stream)
+            sites = until_it_fits(find, stream.shrink)
+            # As the sites see them: running the block has shown which way round each one is.
+            views = {linear.name: linear for site in sites for linear in site.linears}
+            linears = tuple(views[linear.name] for linear in inventory.linears[index])
             yield Block(index, name, module, linears, sites, stream)
             stream.advance(name, module)
 
@@ -208,67 +205,12 @@ def describe_blocks(
         The blocks, with names, sites and dimensions; they cannot be fed.
     """
     tokens = torch.zeros(1, seqlen, dtype=torch.int64, device="meta")
-    with _Shapes():  # type: ignore[no-untyped-call]
-        return list(walk_blocks(model, tokens, batch_size=1, ignore=ignore, path=path))
-
-
-@torch.no_grad()
-def _find_sites(
-    name: str, module: nn.Module, linears: Sequence[LinearView], stream: Stream
-) -> tuple[Site, ...]:
-    """Group linears by the tensor that they read in the first batch."""
-    readers: dict[tuple[Any, ...], list[LinearView]] = {}
-    # Kept alive until the end: a freed tensor's memory would be taken for the same tensor.
-    tensors: list[Tensor] = []
-
-    def read(linear: LinearView, tensor: Tensor) -> None:
-        if any(linear in group for group in readers.values()):
-            raise InputError(f"{linear.name} is called twice in one pass; ignore it by name")
-        tensors.append(tensor)
-        readers.setdefault(_identity(tensor), []).append(linear)
-
-    with hooks(_watch(linear, read) for linear in linears):
-        _, hidden, call = next(stream.batches())
-        call.replay(module, hidden)
-    called = set(itertools.chain(*readers.values()))
-    if idle := [linear.name for linear in linears if linear not in called]:
-        raise InputError(f"{', '.join(idle)} not called when the block runs; ignore it by name")
-    return tuple(
-        Site(_join_names(name, group), group[0].columns, tuple(group)) for group in readers.values()
-    )
-
-
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what two tensors share exactly if they are the same rows of numbers in memory.
-
-    The version counts changes in place. The storage, unlike the data pointer, is also distinct on
-    the meta device. [batch, seqlen, columns] and [tokens, columns] over the same memory are equal.
-    """
-    contiguous = tensor.is_contiguous()
-    layout = tensor.numel() if contiguous else (tensor.shape, tensor.stride())
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), layout, tensor.shape[-1], tensor.dtype, tensor._version
-
-
-def _join_names(block: str, linears: Sequence[LinearView]) -> str:
-    """Join the names of linears, relative to their block, without repeating a parent."""
-    parts: list[str] = []
-    parent = ""
-    for linear in linears:
-        relative = linear.name.removeprefix(f"{block}.")
-        prefix, _, leaf = relative.rpartition(".")
-        parts.append(leaf if parts and prefix == parent else relative)
-        parent = prefix
-    return "+".join(parts)
-
-
-def _watch(linear: LinearView, read: Callable[[LinearView, Tensor], None]) -> RemovableHandle:
-    """Call ``read`` with the input of a linear whenever it is about to run."""
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read(linear, next(iter((*args, *kwargs.values()))))
-
-    return linear.module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with _Shapes():  # type: ignore[no-untyped-call]
+            return list(walk_blocks(model, tokens, batch_size=1, ignore=ignore, path=path))
+    except NotImplementedError as error:
+        # What meta tensors say when their numbers are asked for.
+        raise InputError(NO_SHAPES) from error
 
 
 class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -287,6 +229,6 @@ class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operator, or answer in its place."""
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             if args[0].dtype != torch.bool:
-                raise InputError("this model's shapes depend on its activations: no dry run")
+                raise InputError(NO_SHAPES)
             return True
         return func(*args, **(kwargs or {}))

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.errors import InputError, MemoryShortage
+from mi_experiments.llm.finite import Screen
+from mi_experiments.shortage import REMEDY, note_retry, until_it_fits
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes room for hidden states of a shape and dtype, wherever they are to live."""
@@ -42,6 +44,10 @@ class Call:
     kwargs: dict[str, Any]
     keyword: bool
 
+    def values(self) -> tuple[Any, ...]:
+        """Return all arguments."""
+        return *self.args, *self.kwargs.values()
+
     def replay(
         self, block: nn.Module, hidden: Float[Tensor, "batch seqlen hidden"]
     ) -> Float[Tensor, "batch seqlen hidden"]:
@@ -59,22 +65,24 @@ class Stream:
 
     Attributes:
         hidden: What block ``position`` reads, in the dtype of the model; in `place`.
-        batch_size: Samples per forward pass.
+        batch_size: Samples per forward pass; halved where memory is short.
         calls: For each batch size that occurs, how the model calls each block.
+        record: Finds that out for a batch size, in a pass without blocks.
         form: What a block returns beside the hidden state.
         device: Where blocks run.
         allocate: Makes room for hidden states.
-        names: What messages call the samples.
+        screen: What happens to samples that are not finite.
         position: Index of the block that reads ``hidden``.
     """
 
     hidden: Float[Tensor, "nsamples seqlen hidden"]
     batch_size: int
     calls: dict[int, list[Call]]
+    record: Callable[[int], list[Call]]
     form: "Form"
     device: torch.device
     allocate: Allocate
-    names: Sequence[str]
+    screen: Screen
     position: int = 0
 
     def fork(self) -> "Stream":
@@ -85,8 +93,25 @@ class Stream:
     def batches(self) -> Iterator[tuple[int, Float[Tensor, "batch seqlen hidden"], Call]]:
         """Yield the first sample, the hidden states and the call of every batch, in order."""
         for start in range(0, len(self.hidden), self.batch_size):
-            hidden = self.hidden[start : start + self.batch_size].to(self.device)
-            yield start, hidden, self.calls[len(hidden)][self.position]
+            yield start, *self._batch(start)
+
+    def _batch(self, start: int) -> tuple[Float[Tensor, "batch seqlen hidden"], Call]:
+        """Return a batch of hidden states where blocks run, and how the model calls the block."""
+        hidden = self.hidden[start : start + self.batch_size].to(self.device)
+        if len(hidden) not in self.calls:
+            self.calls[len(hidden)] = self.record(len(hidden))
+        return hidden, self.calls[len(hidden)][self.position]
+
+    def shrink(self, reason: str) -> None:
+        """Halve the samples per forward pass, because memory is short.
+
+        Raises:
+            MemoryShortage: It is one sample already.
+        """
+        if self.batch_size == 1:
+            raise MemoryShortage(f"no memory for one sample at a time ({reason}): {REMEDY}")
+        self.batch_size //= 2
+        note_retry(f"batches of {self.batch_size} samples", reason)
 
     def samples(self) -> Iterator[Float[Tensor, "seqlen hidden"]]:
         """Yield the hidden states of every sample, in order, where blocks run."""
@@ -103,18 +128,26 @@ class Stream:
 
         Raises:
             InputError: If the output is no hidden state of the same shape and dtype.
+            MemoryShortage: If there is no room for a single sample.
             NumericalError: If a sample is not finite in it.
         """
-        for start, hidden, call in self.batches():
-            output = call.replay(module, hidden)
-            if output.shape != hidden.shape or output.dtype != hidden.dtype:
-                raise InputError(
-                    f"{name} turns {hidden.dtype} {[*hidden.shape]} into {output.dtype} "
-                    f"{[*output.shape]}; only blocks that keep shape and dtype can be chained"
-                )
-            _check_finite(output, f"the output of {name}", self.names[start:])
-            self.hidden[start : start + len(output)].copy_(output)
+        start = 0
+        while start < len(self.hidden):
+            start += until_it_fits(partial(self._advance_batch, name, module, start), self.shrink)
         self.position += 1
+
+    def _advance_batch(self, name: str, module: nn.Module, start: int) -> int:
+        """Do as `advance` on the batch that begins with a sample, and return its size."""
+        hidden, call = self._batch(start)
+        output = call.replay(module, hidden)
+        if output.shape != hidden.shape or output.dtype != hidden.dtype:
+            raise InputError(
+                f"{name} turns {hidden.dtype} {[*hidden.shape]} into {output.dtype} "
+                f"{[*output.shape]}; only blocks that keep shape and dtype can be chained"
+            )
+        self.screen.admit_(output, start, f"the output of {name}", (name, module))
+        self.hidden[start : start + len(output)].copy_(output)
+        return len(output)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +159,10 @@ class Form:
     """
 
     rest: tuple[Any, ...] | None
+
+    def tensors(self) -> list[Tensor]:
+        """Return what a block hands on beside the hidden state."""
+        return [part for part in self.rest or () if isinstance(part, Tensor)]
 
     def wrap(self, hidden: Tensor) -> Any:
         """Return a hidden state as a block would."""
@@ -166,6 +203,7 @@ def open_stream(
     batch_size: int,
     allocate: Allocate | None = None,
     names: Sequence[str] | None = None,
+    rejected: dict[int, str] | None = None,
 ) -> Stream:
     """Compute what the first block reads for all samples, and how the model calls each block.
 
@@ -179,33 +217,42 @@ def open_stream(
         batch_size: Samples per forward pass.
         allocate: Makes room for hidden states; by default where blocks run.
         names: What messages call the samples; ``sample 0`` and so on by default.
+        rejected: Takes, here and later, the samples that are not finite and where they were found;
+            zeros go on in their place. None: such a sample is an error.
 
     Raises:
         InputError: If a sample is longer or a token larger than the model allows, or an argument of
             a block depends on the tokens: then a block cannot be replayed alone.
+        NumericalError: If a sample is not finite.
     """
     check_tokens(model, tokens)
-    names = names or [f"sample {index}" for index in range(len(tokens))]
+    screen = Screen(names or [f"sample {index}" for index in range(len(tokens))], rejected)
     form = see_form(model, modules, tokens[:1])
     calls: dict[int, list[Call]] = {}
     hidden: Tensor | None = None
+
+    def record(size: int) -> list[Call]:
+        batch = tokens[:size]
+        found = record_calls(model, path, modules, batch, form)
+        # The same tokens in another order must lead to the same arguments in every block.
+        others = record_calls(model, path, modules, batch.flip(-1), form)
+        _check_replayable(path, found, others)
+        return found
+
     for start in range(0, len(tokens), batch_size):
         batch = tokens[start : start + batch_size]
         if len(batch) not in calls:
-            calls[len(batch)] = record_calls(model, path, modules, batch, form)
-            # The same tokens in another order must lead to the same arguments in every block.
-            others = record_calls(model, path, modules, batch.flip(-1), form)
-            _check_replayable(path, calls[len(batch)], others)
+            calls[len(batch)] = record(len(batch))
         entering, call = _enter(model, modules, batch)
         _check_replayable(path, calls[len(batch)][:1], [call])
-        _check_finite(entering, f"the input of {path}.0", names[start:])
+        screen.admit_(entering, start, f"the input of {path}.0")
         if hidden is None:
             allocate = allocate or partial(_allocate_beside, entering)
             hidden = allocate((len(tokens), *entering.shape[1:]), entering.dtype)
         hidden[start : start + len(batch)] = entering
     if hidden is None or allocate is None:
         raise ValueError("there is no sample")
-    return Stream(hidden, batch_size, calls, form, entering.device, allocate, names)
+    return Stream(hidden, batch_size, calls, record, form, entering.device, allocate, screen)
 
 
 def _allocate_beside(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -286,6 +333,11 @@ def record_calls(
         hidden, call = _split_call(args, kwargs)
         if order[block] != len(calls):
             raise InputError(f"{path}.{order[block]} is called twice or out of order")
+        if any(value is part for value in call.values() for part in form.tensors()):
+            raise InputError(
+                f"{path}.{order[block]} reads more than a hidden state of the block before it; "
+                "it cannot be replayed alone"
+            )
         if previous and not _same(hidden, previous[-1]):
             raise InputError(
                 f"{path}.{order[block]} does not read what the block before it returned"
@@ -372,18 +424,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return a is b or bool(a == b)
-
-
-def _check_finite(
-    hidden: Float[Tensor, "batch seqlen hidden"], what: str, names: Sequence[str]
-) -> None:
-    """Raise if a sample has a NaN or an infinity."""
-    if hidden.is_meta:
-        return
-    bad = ~hidden.isfinite().flatten(1).all(1)
-    if bad.any():
-        first = int(bad.to(torch.uint8).argmax())
-        raise NumericalError(
-            f"{names[first]} is not finite in {what} ({hidden.dtype}, "
-            f"{int(bad.sum())} bad samples in this batch); try model.dtype=float32"
-        )

@@ -9,14 +9,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mi_experiments.llm.blocks import Block, Site
-from mi_experiments.llm.replay import Stream, hooks
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.inventory import LinearView
+from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.sites import Site
+from mi_experiments.llm.watching import alter
 
 WRITER_TOLERANCE = 0.1
 """Largest relative deviation at which a linear's output counts as added to the block's output.
@@ -56,7 +58,7 @@ class Twins:
 
     @cached_property
     def writers(self) -> dict[str, tuple[str, ...]]:
-        """For each linear that writes to the residual stream, those that do so after it."""
+        """For each linear that writes to the residual stream, all that run later."""
         return find_writers(self.dense)
 
     @classmethod
@@ -70,10 +72,28 @@ class Twins:
         """
         if stream is None:
             stream = block.stream.fork()
+        # One of them may have met a shortage of memory that the other did not.
+        size = min(stream.batch_size, block.stream.batch_size)
+        stream.batch_size = block.stream.batch_size = size
         return cls(block, block.copy(stream))
 
+    def shrink(self, reason: str) -> None:
+        """Halve the samples per forward pass of both, because memory is short.
+
+        Raises:
+            MemoryShortage: It is one sample already.
+        """
+        self.block.stream.shrink(reason)
+        self.dense.stream.batch_size = self.block.stream.batch_size
+
     def observe(self, site: Site) -> Iterator[Observation]:
-        """Run both models on the same samples up to a site, a batch at a time."""
+        """Run both models on the same samples up to a site, a batch at a time.
+
+        Raises:
+            ValueError: If the site is routed: the two models send it different tokens.
+        """
+        if site.routed:
+            raise ValueError(f"{site.name} reads other tokens in the dense model; do not pair them")
         (twin,) = [twin for twin in self.dense.sites if twin.name == site.name]
         later = self.writers.get(site.linears[0].name)
         now, before = (
@@ -95,29 +115,29 @@ class Twins:
 def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
     """Find the linears that read alone and whose output is added to the residual stream, by trying.
 
-    With all later writers silenced, a writer is a linear without whose output y the block's output
-    is smaller by exactly y. No name and no architecture is looked at; blocks that normalise the
-    output before adding it (Gemma-2) have no writers.
+    With everything silenced that runs later, a writer is a linear without whose output y the
+    block's output is smaller by exactly y. No name and no architecture is looked at; blocks that
+    normalise the output before adding it (Gemma-2) have no writers. Experts are not tried: what
+    they give is weighted by the router.
 
     Returns:
-        For each writer the later ones, in execution order.
+        For each writer the linears that run later, in execution order.
     """
-    _, hidden, call = next(block.stream.batches())
-    order = [site.linears[0] for site in block.sites if len(site.linears) == 1]
+    _, hidden, call = next(block.batches())
     later: tuple[str, ...] = ()
     writers: dict[str, tuple[str, ...]] = {}
-    for linear in reversed(order):
-        if linear.rows != hidden.shape[-1]:
-            continue
-        with silence(block, later), capture(linear.module) as seen:
-            with_it = call.replay(block.module, hidden)
-        with silence(block, (linear.name, *later)):
-            without = call.replay(block.module, hidden)
-        added = seen[1].reshape(with_it.shape)
-        miss = (with_it - added - without).float().norm() / added.float().norm()
-        if miss <= WRITER_TOLERANCE:
-            writers[linear.name] = later
-            later = (linear.name, *later)
+    for site in reversed(block.sites):
+        linear = site.linears[0]
+        if len(site.linears) == 1 and not site.routed and linear.rows == hidden.shape[-1]:
+            with silence(block, later), capture(linear) as seen:
+                with_it = call.replay(block.module, hidden)
+            with silence(block, (linear.name, *later)):
+                without = call.replay(block.module, hidden)
+            added = seen[1].reshape(with_it.shape)
+            miss = (with_it - added - without).float().norm() / added.float().norm()
+            if miss <= WRITER_TOLERANCE:
+                writers[linear.name] = later
+        later = (*(linear.name for linear in site.linears), *later)
     return writers
 
 
@@ -133,12 +153,12 @@ def walk_writer(
 ) -> Iterator[tuple[Float[Tensor, "tokens columns"], Float[Tensor, "tokens rows"]]]:
     """Yield what a writer reads, and the residual stream that it adds to, a batch at a time.
 
-    The stream is the output of the block with this writer and all later ones silenced.
+    The stream is the output of the block with this writer and all later linears silenced.
     """
     (linear,) = site.linears
-    for _, hidden, call in block.stream.batches():
+    for _, hidden, call in block.batches():
         silent = silence(block, (linear.name, *later))
-        with torch.no_grad(), silent, capture(linear.module) as inputs:
+        with torch.no_grad(), silent, capture(linear) as inputs:
             residual = call.replay(block.module, hidden)
         yield inputs[0].flatten(0, -2), residual.flatten(0, -2)
 
@@ -146,22 +166,21 @@ def walk_writer(
 @contextmanager
 def silence(block: Block, names: Sequence[str]) -> Iterator[None]:
     """Let linears of a block return zeros."""
-
-    def zeros(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return torch.zeros_like(output)
-
-    chosen = [linear.module for linear in block.linears if linear.name in names]
-    with hooks(module.register_forward_hook(zeros) for module in chosen):
+    silent = set(names)
+    chosen = [linear for linear in block.linears if linear.name in silent]
+    with alter(chosen, lambda linear, inputs, output: torch.zeros_like(output)):
         yield
 
 
 @contextmanager
-def capture(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep what a module reads and returns, in this order."""
+def capture(linear: LinearView) -> Iterator[list[Tensor]]:
+    """Keep what a linear reads and returns, in this order."""
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        seen.extend((args[0], output))
+    def keep(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
+        # Copies, because some blocks go on in place.
+        seen.extend((inputs.clone(), output.clone()))
+        return output
 
-    with hooks([module.register_forward_hook(keep)]):
+    with alter([linear], keep):
         yield seen

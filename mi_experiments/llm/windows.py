@@ -1,9 +1,11 @@
-"""From documents to token windows: calibration sequences and evaluation windows."""
+"""From documents to tokens, with or without a beginning token, and to evaluation windows."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import torch
 from jaxtyping import Int64
@@ -13,18 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from mi_experiments.errors import InputError
 
 
-class Sampling(Enum):
-    """How calibration sequences are drawn: from documents joined, or each from a long document."""
-
-    packed = "packed"
-    document = "document"
-
-
 class Windows(Enum):
-    """How evaluation text is cut: one joined text, or each document on its own."""
+    """How evaluation text is cut.
+
+    `joined`: as one text. `documents`: each document on its own. `sampled`: random windows, each
+    inside one document, see `draw_published`.
+    """
 
     joined = "joined"
     documents = "documents"
+    sampled = "sampled"
 
 
 class BosPolicy(Enum):
@@ -63,73 +63,54 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, bos: bool) -> Int64[
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def calibration_tokens(
+def draw_published(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
+    bos: bool,
     *,
-    nsamples: int,
+    count: int,
     seqlen: int,
     seed: int,
-    sampling: Sampling,
-    add_bos: BosPolicy,
-) -> Int64[Tensor, "nsamples seqlen"]:
-    """Draw calibration sequences; none overlaps another, and there is no padding.
+) -> list[Int64[Tensor, "seqlen"]]:
+    """Draw windows as the code published with GPTQ, SparseGPT and Wanda does.
 
-    `packed`: documents in a random order, each tokenized on its own, joined until there is enough,
-    cut into windows, of which `nsamples` are drawn. `document`: one random window from each of
-    `nsamples` random documents that are longer than seqlen (the convention for C4 in GPTQ,
-    arXiv:2210.17323, and SparseGPT, arXiv:2301.00774).
+    Python's generator is seeded; for every window, documents are drawn until one is longer than
+    seqlen, then a start in it, the last possible one excluded. Of a single document only starts are
+    drawn. Windows may overlap or repeat. (arXiv:2210.17323, 2301.00774 and 2306.11695, in the file
+    of each repository that loads the data.)
+
+    Args:
+        tokenizer: of the model.
+        documents: texts; a single one is running text.
+        bos: whether a document begins with the beginning token.
+        count: windows to draw.
+        seqlen: tokens in a window.
+        seed: of the generator.
 
     Raises:
-        InputError: there is not enough text; never fewer samples than asked for.
+        InputError: no document is longer than seqlen.
     """
-    generator = torch.Generator().manual_seed(seed)
-    draw = {Sampling.packed: _draw_packed, Sampling.document: _draw_from_documents}[sampling]
-    order = torch.randperm(len(documents), generator=generator).tolist()
-    bos = adds_bos(tokenizer, add_bos)
-    texts = (tokenize(tokenizer, documents[i], bos) for i in order)
-    return draw(texts, nsamples, seqlen, generator)
-
-
-def _draw_packed(
-    texts: Iterator[Int64[Tensor, "_"]], nsamples: int, seqlen: int, generator: torch.Generator
-) -> Int64[Tensor, "nsamples seqlen"]:
-    """Draw windows of the joined texts, reading no more texts than needed."""
-    needed, available, read = nsamples * seqlen, 0, []
-    for text in texts:
-        read.append(text)
-        available += len(text)
-        if available >= needed:
-            break
-    if available < needed:
-        raise InputError(
-            f"calibration needs nsamples={nsamples} x seqlen={seqlen} = {needed} tokens, and the "
-            f"text has {available}: lower nsamples or seqlen, or give more text"
-        )
-    count = available // seqlen
-    windows = torch.cat(read)[: count * seqlen].view(count, seqlen)
-    return windows[torch.randperm(count, generator=generator)[:nsamples]]
-
-
-def _draw_from_documents(
-    texts: Iterator[Int64[Tensor, "_"]], nsamples: int, seqlen: int, generator: torch.Generator
-) -> Int64[Tensor, "nsamples seqlen"]:
-    """Draw one window from each of the first texts that are longer than seqlen."""
+    # Running text is one document, which every draw reads.
+    read = lru_cache(maxsize=1)(lambda index: tokenize(tokenizer, documents[index], bos))
+    generator = random.Random(seed)
     windows: list[Tensor] = []
-    tokens = longest = 0
-    for text in texts:
-        tokens, longest = tokens + len(text), max(longest, len(text))
+    misses = 0
+    while len(windows) < count:
+        text = read(generator.randint(0, len(documents) - 1) if len(documents) > 1 else 0)
         if len(text) > seqlen:
-            starts = len(text) - seqlen + 1
-            start = int(torch.randint(starts, (), generator=generator))
+            start = generator.randint(0, len(text) - seqlen - 1)
             windows.append(text[start : start + seqlen])
-        if len(windows) == nsamples:
-            return torch.stack(windows)
-    raise InputError(
-        f"sampling=document needs {nsamples} documents longer than seqlen={seqlen} tokens, and "
-        f"there are {len(windows)} ({tokens} tokens in all, the longest has {longest}): use "
-        "sampling=packed, lower nsamples or seqlen, or give more text"
-    )
+            misses = 0
+            continue
+        misses += 1
+        if misses == len(documents):  # there may be none; looking does not disturb the generator
+            longest = max(len(read(index)) for index in range(len(documents)))
+            if longest <= seqlen:
+                raise InputError(
+                    f"windows are drawn from documents longer than seqlen={seqlen} tokens, and of "
+                    f"{len(documents)} the longest has {longest}: lower seqlen or give more text"
+                )
+    return windows
 
 
 @dataclass(frozen=True)
@@ -140,7 +121,7 @@ class EvaluationWindows:
         windows: token ids; nothing is padded, so lengths may differ.
         tokens: their number over all windows.
         dropped_tokens: tokenized but in no window: the tail, what was cut from long documents, and
-            what a joined text has beyond `max_windows`.
+            what a joined text has beyond `max_windows`; 0 where windows are a sample.
         skipped_documents: with fewer than two tokens, so that nothing can be predicted.
         bos: whether a beginning token was put before each text.
     """
@@ -151,6 +132,22 @@ class EvaluationWindows:
     skipped_documents: int
     bos: bool
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the same as tensors, for a file."""
+        counts = [self.tokens, self.dropped_tokens, self.skipped_documents, int(self.bos)]
+        return {
+            "tokens": torch.cat(self.windows),
+            "lengths": torch.tensor([len(window) for window in self.windows]),
+            "counts": torch.tensor(counts),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "EvaluationWindows":
+        """Return the value that these tensors were made from."""
+        windows = list(torch.split(tensors["tokens"], tensors["lengths"].tolist()))
+        tokens, dropped, skipped, bos = tensors["counts"].tolist()
+        return cls(windows, tokens, dropped, skipped, bool(bos))
+
 
 def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase,
@@ -160,9 +157,10 @@ def evaluation_windows(
     separator: str,
     seqlen: int,
     max_windows: int | None,
+    seed: int,
     add_bos: BosPolicy,
 ) -> EvaluationWindows:
-    r"""Cut evaluation text into windows that do not overlap.
+    r"""Cut evaluation text into windows, which do not overlap unless they are drawn.
 
     Args:
         tokenizer: of the model.
@@ -170,14 +168,17 @@ def evaluation_windows(
         windows: `joined`: the documents joined with the separator, tokenized once, cut at every
             seqlen tokens, the tail dropped (the protocol of arXiv:2210.17323 and 2301.00774: one
             beginning token for the whole text). `documents`: each document on its own, cut off
-            after seqlen tokens, one forward pass a document.
+            after seqlen tokens, one forward pass a document. `sampled`: `max_windows` random ones
+            (`draw_published`), as GPTQ evaluates on C4.
         separator: what `joined` puts between documents: "\n\n" for WikiText-2.
         seqlen: tokens in a window, at most; at least 2.
-        max_windows: take only the first ones; None for all.
+        max_windows: take only the first ones; None for all. How many are drawn, if sampled.
+        seed: of windows that are drawn.
         add_bos: whether a text begins with the beginning token.
 
     Raises:
         InputError: the text does not fill a single window.
+        ValueError: windows are to be drawn, and their number is not given.
     """
     bos = adds_bos(tokenizer, add_bos)
     cut: list[Tensor] = []
@@ -187,6 +188,11 @@ def evaluation_windows(
         tokenized = len(text)
         count = tokenized // seqlen
         cut = list(text[: count * seqlen].view(count, seqlen)[:max_windows])
+    elif windows is Windows.sampled:
+        if max_windows is None:
+            raise ValueError("windows=sampled needs max_windows")
+        cut = draw_published(tokenizer, documents, bos, count=max_windows, seqlen=seqlen, seed=seed)
+        tokenized = max_windows * seqlen
     else:
         for document in documents:
             if len(cut) == max_windows:

@@ -4,8 +4,8 @@ A weight on the grid is scale · (code − zero point) with an integer code in [
 zero point is itself a code, so zero is always exactly representable and pruned weights stay zero.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int, Int16, Int32, Int64, UInt8
@@ -95,6 +95,23 @@ class Grid:
     def quantized(self) -> Bool[Tensor, "columns"]:
         """Which channels have codes."""
         return self.bits != UNQUANTIZED
+
+    def of_rows(self, start: int, stop: int) -> "Grid":
+        """Return the grid of some rows, itself for all of them."""
+        if stop - start == len(self.scale):
+            return self
+        return replace(self, scale=self.scale[start:stop], zero_point=self.zero_point[start:stop])
+
+    @classmethod
+    def join(cls, parts: Sequence["Grid"]) -> "Grid":
+        """Return the grid of consecutive rows."""
+        if len(parts) == 1:
+            return parts[0]
+        return replace(
+            parts[0],
+            scale=torch.cat([part.scale for part in parts]),
+            zero_point=torch.cat([part.zero_point for part in parts]),
+        )
 
     def encode(
         self, weight: Float[Tensor, "rows chosen"], columns: Int64[Tensor, "chosen"]

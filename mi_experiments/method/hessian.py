@@ -8,6 +8,7 @@ inverse, without inverting anything.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mi_experiments.errors import NumericalError
+from mi_experiments.errors import NumericalError, SingularError
+from mi_experiments.method.gram import add_gram_, mirror_
+from mi_experiments.shortage import in_pieces
 
 LARGEST_DAMPING = 1.0
 SMALLEST_ESCALATION = 1e-4
-_PANELS = 8
-_NARROWEST_PANEL = 256
 _SOLVE_PANEL = 512
 _PHASE_STEP = 2654435769  # 2³² divided by the golden ratio, made odd
 _PHASES = 2**32
@@ -89,6 +90,7 @@ class HessianAccumulator:
         sample_tokens: the most tokens to keep in the sample.
         device: where the sums live; the CPU by default.
         dtype: of the sums and of the sample.
+        name_token: what messages call a token, given its number in the stream.
     """
 
     def __init__(
@@ -98,7 +100,10 @@ class HessianAccumulator:
         sample_tokens: int = 4096,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        name_token: Callable[[int], str] = "token {}".format,
     ) -> None:
+        self._name_token = name_token
+        self._largest = torch.zeros((), device=device, dtype=dtype)
         self._products = torch.zeros(columns, columns, device=device, dtype=dtype)
         self._sums = torch.zeros(columns, device=device, dtype=dtype)
         self._tokens = 0
@@ -108,28 +113,37 @@ class HessianAccumulator:
 
     @torch.no_grad()
     def update(self, inputs: Float[Tensor, "tokens columns"]) -> None:
-        """Add the next tokens of the stream.
+        """Add the next tokens of the stream; fewer at a time where memory is short.
 
         Args:
             inputs: activations that the linears of the site read.
 
         Raises:
+            MemoryShortage: there is no room for the products of a single token.
             NumericalError: a value is NaN or infinite, or the sums overflow; the sums are then
                 unchanged.
             ValueError: the number of channels is not the one announced.
         """
         if inputs.shape[1] != len(self._sums):
             raise ValueError(f"got {inputs.shape[1]} channels, expected {len(self._sums)}")
+        if len(inputs):
+            in_pieces(lambda start, stop: self._add(inputs[start:stop]), len(inputs), "tokens")
+
+    def _add(self, inputs: Float[Tensor, "tokens columns"]) -> None:
+        # What may run out of memory comes before anything is changed; `add_gram_` sees to itself.
         inputs = inputs.detach().to(self._sums.device)
         if not (inputs.is_cuda and self._sums.dtype == torch.float32 and inputs.itemsize == 2):
             inputs = inputs.to(self._sums.dtype)
         sums = inputs.sum(0, dtype=self._sums.dtype)
-        if not torch.isfinite(sums).all():
+        least, most = inputs.aminmax()
+        largest = torch.maximum(-least, most).to(self._sums.dtype)
+        if not (torch.isfinite(sums).all() & torch.isfinite(largest)):
             raise NumericalError(self._describe_non_finite(inputs))
-        self._sums += sums
-        add_gram_(self._products, inputs)
         self._update_sample(inputs)
+        self._largest = torch.maximum(self._largest, largest)
+        self._sums += sums
         self._tokens += len(inputs)
+        add_gram_(self._products, inputs)
 
     def finish(self) -> Hessian:
         """Return the statistics of all tokens so far; more may follow.
@@ -140,7 +154,7 @@ class HessianAccumulator:
         if not torch.isfinite(self._products.diagonal()).all():
             raise NumericalError(
                 f"the second moments overflow {self._products.dtype}: "
-                f"largest sampled activation {self._sample.abs().max().item():.3g}"
+                f"largest activation {self._largest.item():.3g}"
             )
         scale = 1 / max(self._tokens, 1)
         return Hessian(
@@ -173,7 +187,7 @@ class HessianAccumulator:
         token, channel = bad.nonzero()[0].tolist()
         return (
             f"{int(bad.sum())} activations are not finite, "
-            f"the first at token {self._tokens + token}, channel {channel}"
+            f"the first at {self._name_token(self._tokens + token)}, channel {channel}"
         )
 
 
@@ -227,21 +241,24 @@ def factorize(
     *,
     damping: float = 0.01,
     order: Int64[Tensor, "columns"] | None = None,
+    escalate: bool = True,
 ) -> Factor:
     """Factorise H′ = H[order][:, order] + damping·mean(diag H)·I into R·Rᵀ.
 
     A matrix that is not positive definite to working precision is tried again with ten times the
-    damping, up to 1. Every attempt is recorded.
+    damping, up to 1. Every attempt is recorded. There is no other fallback.
 
     Args:
         hessian: of a site, or any symmetric matrix such as its covariance.
         damping: fraction of the mean diagonal added to the diagonal; with 0 the next attempt
             is 1e-4.
         order: the channel at each position of the sweep; natural by default.
+        escalate: whether more damping than asked for may be tried.
 
     Raises:
-        NumericalError: there is nothing to factorise (no token, or all activations zero), a value
-            is not finite, or no damping up to 1 makes the matrix positive definite.
+        NumericalError: there is no token, or a value is not finite.
+        SingularError: no damping that may be tried makes the matrix positive definite; none does if
+            all activations are zero.
         ValueError: a negative damping, or an order that is not a permutation.
     """
     matrix = hessian.matrix if isinstance(hessian, Hessian) else hessian
@@ -252,7 +269,7 @@ def factorize(
         raise NumericalError("the Hessian has values that are not finite")
     mean = diagonal.mean().item()
     if not diagonal.any():
-        raise NumericalError("the Hessian is zero: every calibration activation is zero")
+        raise SingularError("the Hessian is zero: every calibration activation is zero")
     order = torch.arange(len(matrix), device=matrix.device) if order is None else order
     if not torch.equal(order.sort().values, torch.arange(len(matrix), device=order.device)):
         raise ValueError("order is not a permutation of the channels")
@@ -261,16 +278,17 @@ def factorize(
     backwards = order.flip(0)
     damped = matrix[backwards][:, backwards]
     attempts = []
-    for attempt in _ladder(damping):
+    for attempt in _ladder(damping) if escalate else [damping]:
         attempts.append(attempt)
         damped.diagonal().copy_(diagonal[backwards] + attempt * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if info.item() == 0 and _is_sound(lower, damped.diagonal()):
             del damped
             return Factor(lower.flip(0, 1), order, attempt, tuple(attempts))
-    raise NumericalError(
+    raise SingularError(
         f"the Hessian is not positive definite at damping {', '.join(map(str, attempts))}: "
-        f"smallest diagonal {diagonal.min().item():.3g}, mean {mean:.3g}"
+        f"smallest diagonal {diagonal.min().item():.3g}, mean {mean:.3g}; "
+        "calibrate on more tokens, or damp more"
     )
 
 
@@ -298,32 +316,6 @@ def sweep_order(
     energy = diagonal.reshape(-1, window).mean(1)
     windows = energy.argsort(descending=True, stable=True)
     return channels.reshape(-1, window)[windows].reshape(-1)
-
-
-def add_gram_(
-    total: Float[Tensor, "columns columns"], inputs: Float[Tensor, "tokens columns"]
-) -> None:
-    """Add inputsᵀ·inputs to `total`, only on and right of its diagonal blocks: half the work."""
-    for start, stop in _panels(len(total)):
-        left, right, panel = inputs[:, start:stop].T, inputs[:, start:], total[start:stop, start:]
-        if inputs.dtype == total.dtype:
-            panel.addmm_(left, right)
-        else:
-            panel += torch.mm(left, right, out_dtype=total.dtype)
-
-
-def mirror_(total: Float[Tensor, "columns columns"]) -> Float[Tensor, "columns columns"]:
-    """Copy what `add_gram_` wrote to the other side of the diagonal; return the same tensor."""
-    for start, stop in _panels(len(total)):
-        block = total[start:stop, start:stop]
-        block.copy_(block.triu() + block.triu(1).T)
-        total[stop:, start:stop] = total[start:stop, stop:].T
-    return total
-
-
-def _panels(columns: int) -> list[tuple[int, int]]:
-    width = max(_NARROWEST_PANEL, math.ceil(columns / _PANELS))
-    return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
 def _ladder(damping: float) -> list[float]:

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, add_gram_, mirror_
+from mi_experiments.method.gram import add_gram_, mirror_
+from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator
 
 INFORMATION_CAP = 5.0
 """Nats at which a pair of (nearly) identical channels saturates: |ρ| = 0.99998 and beyond.
@@ -60,6 +61,7 @@ class InformationSummary:
         total_correlation: shared by all channels, whatever the order of the sweep.
         mean_redundancy: mean over channels of what all the others know about one.
         estimator: name of the estimator of the pairwise and noise values.
+        damping: of the Hessian whose factor gave the two above; None in records without it.
     """
 
     mean_pairwise: float
@@ -69,6 +71,7 @@ class InformationSummary:
     total_correlation: float
     mean_redundancy: float
     estimator: str
+    damping: float | None = None
 
 
 def gaussian_information(
@@ -269,6 +272,7 @@ def summarize(
         total_correlation=total_correlation(factor),
         mean_redundancy=redundancy(factor).mean().item(),
         estimator=estimator.value,
+        damping=factor.damping,
     )
 
 

@@ -1,11 +1,14 @@
 """Which weights to set to zero: how many, in which pattern, and the exact choice by score."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from mi_experiments.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,33 @@ class Sparsity:
         if not self.is_structured:
             return 1.0
         return (math.comb(self.m, self.n) - 1).bit_length() / self.m
+
+
+def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block: int) -> None:
+    """Refuse an n:m pattern that does not fit every linear, before any weight is read.
+
+    Unstructured patterns and quantization grids fit any number of columns.
+
+    Args:
+        columns: Of every linear to be compressed, by name.
+        sparsity: The pattern that all of them get.
+        mask_block: Columns whose pattern is chosen at a time.
+
+    Raises:
+        InputError: A linear or the mask block is no whole number of windows; names it.
+    """
+    m = sparsity.m
+    if not sparsity.is_structured:
+        return
+    if mask_block % m:
+        raise InputError(f"sparsity.mask_block={mask_block} is not a multiple of m = {m}")
+    if misfits := [name for name, count in columns.items() if count % m]:
+        more = f", and so have {len(misfits) - 1} more" if len(misfits) > 1 else ""
+        raise InputError(
+            f"{misfits[0]} has {columns[misfits[0]]} columns, which are no whole number of windows "
+            f"of m = {m} for sparsity {sparsity.n}:{m}{more}: name them in model.ignore, or choose "
+            "another pattern"
+        )
 
 
 def choose_pruned(

@@ -22,12 +22,16 @@ from torch import Tensor
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid
 from mi_experiments.method.sparsegpt import Swept
+from mi_experiments.shortage import in_pieces
 
 RIDGE = 1e-4
 """Pull towards the old scale, as a fraction of the curvature."""
 
 LARGEST_CHANGE = 4.0
 """A scale that wants to grow or shrink by more than this factor is left as it is."""
+
+LEAF = 64
+"""Channels that share one product for their gradient."""
 
 
 def refine(
@@ -41,7 +45,8 @@ def refine(
 ) -> tuple[Swept, Grid]:
     """Descend on the codes, then refit the scales, in turns.
 
-    What is pruned, the widths and the zero points stay; no row's loss rises.
+    What is pruned, the widths and the zero points stay; no row's loss rises. Where memory is short,
+    fewer rows are refined at a time: they do not influence each other.
 
     Args:
         swept: The linear after the sweep, on ``grid``.
@@ -55,13 +60,21 @@ def refine(
         The refined linear, with its loss under H′, and the grid it is on.
 
     Raises:
+        MemoryShortage: There is no room for a single row.
         NumericalError: The loss is not finite.
         ValueError: The Hessian has a diagonal entry that is not positive.
     """
-    for _ in range(rounds):
-        swept = descend(swept, grid, target, hessian, order=order)
-        swept, grid = refit_scales(swept, grid, target, hessian)
-    return swept, grid
+
+    def refine_rows(start: int, stop: int) -> tuple[Swept, Grid]:
+        part, levels = swept.of_rows(start, stop), grid.of_rows(start, stop)
+        wanted = target[start:stop]
+        for _ in range(rounds):
+            part = _descend(part, levels, wanted, hessian, order, LEAF)
+            part, levels = _refit_scales(part, levels, wanted, hessian)
+        return _with_loss(part, wanted, hessian), levels
+
+    parts = in_pieces(refine_rows, len(target), "rows")
+    return Swept.join([part for part, _ in parts]), Grid.join([levels for _, levels in parts])
 
 
 @torch.no_grad()
@@ -72,7 +85,7 @@ def descend(
     hessian: Float[Tensor, "columns columns"],
     *,
     order: Int64[Tensor, "columns"] | None = None,
-    leaf: int = 64,
+    leaf: int = LEAF,
 ) -> Swept:
     """Move every kept weight once to its best value given all others, one channel after another.
 
@@ -91,6 +104,19 @@ def descend(
         NumericalError: The loss is not finite.
         ValueError: The Hessian has a diagonal entry that is not positive.
     """
+    return _with_loss(_descend(swept, grid, target, hessian, order, leaf), target, hessian)
+
+
+@torch.no_grad()
+def _descend(
+    swept: Swept,
+    grid: Grid,
+    target: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+    order: Int64[Tensor, "columns"] | None,
+    leaf: int,
+) -> Swept:
+    """Do as `descend`, and leave the loss as it was."""
     if (hessian.diagonal() <= 0).any():
         raise ValueError("the diagonal of the Hessian must be positive: damp it")
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
@@ -119,7 +145,7 @@ def descend(
     if codes is not None:
         columns = grid.quantized.nonzero()[:, 0]
         codes = codes.index_copy(1, columns, grid.encode(weight[columns].T, columns))
-    return _settle(replace(swept, weight=weight.T, codes=codes), grid, target, hessian)
+    return _on_grid(replace(swept, weight=weight.T, codes=codes), grid, hessian.dtype)
 
 
 @torch.no_grad()
@@ -143,6 +169,18 @@ def refit_scales(
     Raises:
         NumericalError: The loss is not finite.
     """
+    swept, grid = _refit_scales(swept, grid, target, hessian)
+    return _with_loss(swept, target, hessian), grid
+
+
+@torch.no_grad()
+def _refit_scales(
+    swept: Swept,
+    grid: Grid,
+    target: Float[Tensor, "rows columns"],
+    hessian: Float[Tensor, "columns columns"],
+) -> tuple[Swept, Grid]:
+    """Do as `refit_scales`, and leave the loss as it was."""
     weight, error = _transposed(swept, target, hessian)
     scales = grid.scale.clone()
     sizes = torch.bincount(grid.scale_group).tolist()
@@ -162,7 +200,7 @@ def refit_scales(
         scales[:, group] = new.to(scales.dtype)
         error.index_add_(0, channels, level.mul_(new - old))
     refitted = replace(grid, scale=scales)
-    return _settle(swept, refitted, target, hessian), refitted
+    return _on_grid(swept, refitted, hessian.dtype), refitted
 
 
 def _transposed(
@@ -195,20 +233,23 @@ def _room(
     return least.masked_fill_(pruned, 0), most.masked_fill_(pruned, 0)
 
 
-def _settle(
-    moved: Swept,
-    grid: Grid,
-    target: Float[Tensor, "rows columns"],
-    hessian: Float[Tensor, "columns columns"],
-) -> Swept:
-    """Decode the codes, so that weights are exactly on their grid, and measure the loss."""
-    weight = moved.weight.to(hessian.dtype, copy=True, memory_format=torch.contiguous_format)
+def _on_grid(moved: Swept, grid: Grid, dtype: torch.dtype) -> Swept:
+    """Decode the codes, so that weights are exactly on their grid."""
+    weight = moved.weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if moved.codes is not None:
         columns = grid.quantized.nonzero()[:, 0]
         level = grid.decode(moved.codes[:, columns], columns)
         weight.index_copy_(1, columns, level.to(weight.dtype))
-    error = weight - target.to(weight.dtype)
+    return replace(moved, weight=weight)
+
+
+@torch.no_grad()
+def _with_loss(
+    swept: Swept, target: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]
+) -> Swept:
+    """Measure the loss of every row."""
+    error = swept.weight - target.to(swept.weight.dtype)
     loss = (error @ hessian).mul_(error).sum(1)
     if not loss.isfinite().all():
         raise NumericalError("the loss of the refined linear is not finite")
-    return Swept(weight, moved.codes, moved.pruned, loss)
+    return replace(swept, loss=loss)

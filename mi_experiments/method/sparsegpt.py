@@ -11,7 +11,7 @@ and rounding it costs R_jj² (t_j − ŵ_j)². One factor serves every width and
 nothing is inverted. The sums are matrix products by recursive halving.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid
 from mi_experiments.method.hessian import Factor
 from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.shortage import in_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,26 @@ class Swept:
     codes: Int16[Tensor, "rows columns"] | None
     pruned: Bool[Tensor, "rows columns"]
     loss: Float[Tensor, "rows"]
+
+    def of_rows(self, start: int, stop: int) -> "Swept":
+        """Return some rows, itself for all of them."""
+        if stop - start == len(self.weight):
+            return self
+        codes = None if self.codes is None else self.codes[start:stop]
+        return Swept(self.weight[start:stop], codes, self.pruned[start:stop], self.loss[start:stop])
+
+    @classmethod
+    def join(cls, parts: Sequence["Swept"]) -> "Swept":
+        """Return the whole of consecutive rows."""
+        if len(parts) == 1:
+            return parts[0]
+        codes = [part.codes for part in parts if part.codes is not None]
+        return cls(
+            torch.cat([part.weight for part in parts]),
+            torch.cat(codes) if codes else None,
+            torch.cat([part.pruned for part in parts]),
+            torch.cat([part.loss for part in parts]),
+        )
 
 
 @torch.no_grad()
@@ -58,6 +79,9 @@ def sweep(
     ``mask_block`` consecutive sweep positions, by the saliency (w R_jj)² of the weights that are
     optimal given what is already fixed (SparseGPT, section 3.3), exactly as many as asked.
 
+    Where memory is short, fewer rows are swept at a time. Rows do not influence each other, but for
+    an unstructured pattern that is still to be chosen, among all rows: that needs them all at once.
+
     Args:
         weight: Weights in storage order; not modified.
         factor: Factor of the damped Hessian, and the order of the sweep.
@@ -71,6 +95,7 @@ def sweep(
         The compressed linear; the input itself, bit for bit, where nothing is pruned or quantized.
 
     Raises:
+        MemoryShortage: There is no room for the rows that must be swept at once.
         NumericalError: A weight is not finite, or the sweep has diverged.
         ValueError: Both ``sparsity`` and ``pruned`` are given, or the sweep would tear apart the
             windows of an n:m pattern.
@@ -89,15 +114,23 @@ def sweep(
         # Nothing is rounded, so every target is the weight itself.
         exact = weight.to(factor.upper.dtype, copy=True)
         return Swept(exact, None, pruned, exact.new_zeros(len(exact)))
-    state = _Sweep(weight, factor, grid, pruned)
+    chosen = pruned
 
-    def block(low: int, high: int) -> None:
-        if sparsity is not None:
-            state.choose(low, high, sparsity)
-        _halve(low, high, leaf, state.fix, state.carry)
+    def sweep_rows(start: int, stop: int) -> Swept:
+        rows = slice(start, stop)
+        part = None if grid is None else grid.of_rows(start, stop)
+        state = _Sweep(weight[rows], factor, part, chosen[rows])
 
-    _halve(0, weight.shape[1], mask_block, block, state.carry)
-    return state.finish()
+        def block(low: int, high: int) -> None:
+            if sparsity is not None:
+                state.choose(low, high, sparsity)
+            _halve(low, high, leaf, state.fix, state.carry)
+
+        _halve(0, weight.shape[1], mask_block, block, state.carry)
+        return state.finish()
+
+    apart = sparsity is None or sparsity.is_structured
+    return Swept.join(in_pieces(sweep_rows, len(weight), "rows", 1 if apart else len(weight)))
 
 
 class _Sweep:

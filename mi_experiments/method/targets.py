@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mi_experiments.errors import NumericalError
 from mi_experiments.method.hessian import Factor
 
 
@@ -34,10 +35,18 @@ class Drift:
 
 
 class DriftAccumulator:
-    """Sums of a site's drift over batches, in float32; scaled once, like a Hessian."""
+    """Sums of a site's drift over batches; scaled once, like a Hessian.
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self._inputs = torch.zeros(columns, columns, device=device)
+    Args:
+        columns: number of channels.
+        device: where the sums live.
+        dtype: of the sums.
+    """
+
+    def __init__(
+        self, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self._inputs = torch.zeros(columns, columns, device=device, dtype=dtype)
         self._residual: Tensor | None = None
         self._tokens = 0
 
@@ -48,16 +57,26 @@ class DriftAccumulator:
         drift: Float[Tensor, "tokens rows"] | None = None,
     ) -> None:
         """Add what a site reads in both models on the same tokens, and the residual drift."""
-        read = compressed.float()
-        self._inputs.addmm_((dense.float() - read).T, read)
+        read = compressed.to(self._inputs.dtype)
+        self._inputs.addmm_((dense.to(read.dtype) - read).T, read)
         self._tokens += len(read)
         if drift is not None:
             if self._residual is None:
                 self._residual = read.new_zeros(drift.shape[1], read.shape[1])
-            self._residual.addmm_(drift.float().T, read)
+            self._residual.addmm_(drift.to(read.dtype).T, read)
 
     def finish(self) -> Drift:
-        """Return the drift of all tokens."""
+        """Return the drift of all tokens.
+
+        Raises:
+            NumericalError: an activation of the dense model is not finite, or a sum overflows.
+        """
+        for what, total in (("input", self._inputs), ("residual stream", self._residual)):
+            if total is not None and (bad := int((~total.isfinite()).count_nonzero())):
+                raise NumericalError(
+                    f"the change of the {what} from the dense model's is not finite: {bad} of "
+                    f"{total.numel()} second moments are NaN, infinite or beyond {total.dtype}"
+                )
         scale = 2 / self._tokens
         residual = None if self._residual is None else self._residual * scale
         return Drift(self._inputs * scale, residual)

@@ -194,6 +194,16 @@ def test_baseline_over_seeds_and_pivot(sweep: Path, mi_compare: Callable[..., En
     assert spread[0]["grouping=mutual_information"] == rows[1]["difference"]
 
 
+def test_an_interval_goes_with_its_mean(sweep: Path, mi_compare: Callable[..., Ended]) -> None:
+    asked = ("sweep", "--over", "seed", "--columns", "grouping,excess")
+    head = mi_compare(*asked, "--format", "csv").out.splitlines()[0]
+    assert head == "grouping,excess,excess_ci95,excess_n"
+    averaged = average_over(read_runs([sweep]), ["seed"])
+    cells = [row["excess"] for row in parse_table(mi_compare(*asked).out)]
+    pairs = zip(averaged["excess"], averaged["excess_ci95"], strict=True)
+    assert cells == [f"{mean:.4f} ± {width:.4f}" for mean, width in pairs]
+
+
 def test_a_mean_of_fewer_samples_is_marked(sweep: Path, mi_compare: Callable[..., Ended]) -> None:
     make_run(sweep / "9", 0.2, n_groups__grouping="mutual_information", seed=9)
     ended = mi_compare("sweep", "--over", "seed", "--baseline", "grouping=random")
@@ -233,11 +243,15 @@ def test_a_table_in_a_file(sweep: Path, mi_compare: Callable[..., Ended]) -> Non
         (["sweep", "--over", "wbit"], "unknown column wbit; did you mean wbits?"),
         (["sweep", "--pivot", "grouping", "seeds", "excess"], "unknown column seeds"),
         (["sweep", "--where", "__import__('os')"], "__import__('os') is not allowed"),
+        (["sweep", "--where", "seed = 1"], "(compare with ==, write text in quotes)"),
         (["sweep", "--where", "seed == 5"], "holds for none of 4 rows"),
         (["sweep", "--baseline", "grouping=none"], "no run has grouping=none"),
         (["sweep", "--format", "parquet"], "--format parquet is binary: give --output FILE"),
         (["sweep", "--output", "a.xlsx"], "--output a.xlsx: give --format"),
         (["sweep", "--output", "nowhere/a.csv"], "No such file or directory"),
+        (["sweep", "--html", "nowhere/a.html"], "No such file or directory"),
+        (["sweep", "--html", "a.html", "--by", "excess"], "--by excess is not allowed"),
+        (["sweep", "--html", "a.html", "--by", "colour"], "unknown column colour"),
     ],
 )
 def test_bad_input_gets_one_line(
@@ -255,7 +269,13 @@ def test_bad_input_gets_one_line(
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["sweep", "--digits", "-1"], ["sweep", "--columns", "run", "--pivot", "a", "b", "c"]],
+    [
+        [],
+        ["sweep", "--digits", "-1"],
+        ["sweep", "--columns", "run", "--pivot", "a", "b", "c"],
+        ["sweep", "--html", "a.html", "--pivot", "a", "b", "c"],
+        ["sweep", "--by", "grouping"],
+    ],
 )
 def test_a_wrong_command_line_shows_the_usage(
     arguments: list[str], mi_compare: Callable[..., Ended]
@@ -263,6 +283,44 @@ def test_a_wrong_command_line_shows_the_usage(
     ended = mi_compare(*arguments)
     assert ended.code == 2
     assert ended.err.startswith("usage: mi-compare")
+
+
+def test_a_page_and_a_file_in_one_command(sweep: Path, mi_compare: Callable[..., Ended]) -> None:
+    make_broken_run(sweep / "9", "failed", "no", seed=9)
+    ended = mi_compare("sweep", "--html", "a b.html", "--by", "seed", "--output", "a.csv")
+    assert ended.out == "a b.html: a page of 5 runs\na.csv: 5 rows\n"
+    assert ended.err == "mi-compare: note: 9 failed: no\n"
+    page = Path("a b.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["colour"] == "seed"
+    assert data["command"] == "mi-compare sweep --html 'a b.html' --by seed --output a.csv"
+    alone = mi_compare("sweep", "--html", "b.html", "--where", "seed == 0 and wbits == 3",
+                       "--columns", "run,excess")  # fmt: skip
+    assert (alone.out, alone.err) == ("b.html: a page of 2 runs\n", "")
+    data = json.loads(Path("b.html").read_text().split('id="data">')[1].split("</script>")[0])
+    assert data["columns"] == ["run", "excess"]
+    assert [row["run"] for row in data["rows"]] == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "view", "name"),
+    [
+        (["--plots", "figures"], "matplotlib", "plots", "plots"),
+        (["--wandb"], "wandb_workspaces", "workspace", "workspaces"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    arguments: list[str], module: str, view: str, name: str, sweep: Path,
+    mi_compare: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.delitem(sys.modules, f"mi_experiments.views.{view}", raising=False)
+    for loaded in [key for key in sys.modules if key.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, module, None)
+    ended = mi_compare("sweep", *arguments)
+    option = arguments[0]
+    line = f"mi-compare: {option} needs {module}: pip install 'mi-experiments[{name}]'\n"
+    assert (ended.code, ended.out, ended.err) == (2, "", line)
 
 
 def test_a_reader_that_leaves_is_no_error(sweep: Path) -> None:

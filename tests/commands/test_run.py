@@ -286,6 +286,24 @@ def test_empty_text_and_broken_weights_are_one_line(
     assert "model.safetensors" in ended.err
 
 
+@pytest.mark.parametrize("offline", ["true", "false"])
+def test_a_text_that_cannot_be_had_is_one_line(
+    mi_run: Callable[..., Ended], offline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("the network is refused")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    ended = mi_run("dataset=c4", f"dataset.offline={offline}", "tracking=disabled")
+    assert ended.code == 2
+    (line,) = ended.err.strip().splitlines()
+    assert line.startswith("mi-run: corpus allenai/c4: en/c4-")
+    assert "hf download allenai/c4" in line
+
+
 def test_a_run_directory_is_used_for_one_run(
     mi_run: Callable[..., Ended], local: list[str]
 ) -> None:

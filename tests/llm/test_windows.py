@@ -1,75 +1,37 @@
-"""Windows: calibration and evaluation tokens are exactly what their protocol says."""
+"""Windows: evaluation tokens are exactly what their protocol says."""
 
 import hashlib
-import itertools
+import random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from word_tokenizers import ADDING, BARE, BOS, PLAIN, numbered
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.windows import (
     BosPolicy,
-    Sampling,
+    EvaluationWindows,
     Windows,
     adds_bos,
-    calibration_tokens,
     evaluation_windows,
     token_hash,
     tokenize,
 )
 
-WORDS = 2000
 
-
-BOS = 1
-WORDS = 2000
-
-
-def build_tokenizer(*, adds: bool = True, has_bos: bool = True) -> PreTrainedTokenizerFast:
-    """A word a token; word `i` has id `i`. With a beginning token or none, adding it or not."""
-    names = {0: "<unk>", BOS: "<s>"}
-    ids = {names.get(i, str(i)): i for i in range(WORDS)}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    if adds:
-        tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
-        )
-    options = {"bos_token": "<s>"} if has_bos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **options)
-
-
-PLAIN = build_tokenizer(adds=False)
-ADDING = build_tokenizer(adds=True)
-BARE = build_tokenizer(adds=False, has_bos=False)
-
-
-def numbered(*lengths: int) -> list[str]:
-    """Documents of the given lengths in which no word occurs twice, in counting order."""
-    counter = itertools.count(10)
-    return [" ".join(str(next(counter)) for _ in range(length)) for length in lengths]
-
-
-def calibrate(tokenizer, documents, nsamples, seqlen, seed=0, sampling="packed", add_bos="auto"):
-    return calibration_tokens(
-        tokenizer,
-        documents,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        sampling=Sampling(sampling),
-        add_bos=BosPolicy(add_bos),
-    )
-
-
-def cut(tokenizer, documents, windows, seqlen, separator=" 5 ", max_windows=None, add_bos="auto"):
+def cut(
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[str],
+    windows: str,
+    seqlen: int,
+    separator: str = " 5 ",
+    max_windows: int | None = None,
+    seed: int = 0,
+    add_bos: str = "auto",
+) -> EvaluationWindows:
     return evaluation_windows(
         tokenizer,
         documents,
@@ -77,6 +39,7 @@ def cut(tokenizer, documents, windows, seqlen, separator=" 5 ", max_windows=None
         separator=separator,
         seqlen=seqlen,
         max_windows=max_windows,
+        seed=seed,
         add_bos=BosPolicy(add_bos),
     )
 
@@ -116,97 +79,6 @@ def test_the_beginning_token_is_never_doubled() -> None:
 def test_always_without_a_beginning_token_is_an_error() -> None:
     with pytest.raises(InputError, match=r"add_bos=always.*no beginning token"):
         adds_bos(BARE, BosPolicy.always)
-
-
-# Calibration
-
-
-@settings(deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12),
-    nsamples=st.integers(1, 6),
-    seqlen=st.integers(2, 12),
-    seed=st.integers(0, 5),
-)
-def test_packed_windows_are_disjoint_pieces_or_an_error(
-    lengths: list[int], nsamples: int, seqlen: int, seed: int
-) -> None:
-    documents = numbered(*lengths)
-    if sum(lengths) < nsamples * seqlen:
-        with pytest.raises(InputError, match=f"= {nsamples * seqlen} tokens, and the text has"):
-            calibrate(PLAIN, documents, nsamples, seqlen, seed)
-        return
-    tokens = calibrate(PLAIN, documents, nsamples, seqlen, seed)
-    assert tokens.shape == (nsamples, seqlen)
-    assert len(tokens.unique()) == tokens.numel()
-    # A jump in the counting is the border of a document: its last word, then another's first.
-    starts = set(itertools.accumulate(lengths, initial=10))
-    for window in tokens.tolist():
-        for word, following in itertools.pairwise(window):
-            assert following == word + 1 or (following in starts and word + 1 in starts)
-
-
-def test_packed_uses_every_token_where_the_text_just_suffices() -> None:
-    documents = numbered(7, 13, 4)
-    tokens = calibrate(ADDING, documents, nsamples=9, seqlen=3)
-    assert (tokens == BOS).sum() == 3
-    assert sorted(tokens.flatten().tolist()) == [BOS] * 3 + list(range(10, 34))
-    with pytest.raises(InputError, match="nsamples=10 x seqlen=3 = 30 tokens, and the text has 27"):
-        calibrate(ADDING, documents, nsamples=10, seqlen=3)
-
-
-def test_packed_draws_from_the_whole_of_a_single_document() -> None:
-    (document,) = numbered(100)
-    firsts = {calibrate(PLAIN, [document], 1, 10, seed)[0, 0].item() for seed in range(60)}
-    assert firsts == set(range(10, 110, 10))
-
-
-@pytest.mark.parametrize("sampling", ["packed", "document"])
-def test_calibration_is_a_function_of_the_seed(sampling: str) -> None:
-    documents = numbered(*range(10, 40))
-    first, again, other = (calibrate(PLAIN, documents, 5, 9, seed, sampling) for seed in (3, 3, 4))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
-def test_packed_reads_no_more_documents_than_needed() -> None:
-    class Counting(list):
-        reads = 0
-
-        def __getitem__(self, index):
-            self.reads += 1
-            return super().__getitem__(index)
-
-    documents = Counting(numbered(*[10] * 100))
-    calibrate(PLAIN, documents, nsamples=4, seqlen=10)
-    assert documents.reads < 10  # the four, and those that checking the argument's type looks at
-
-
-def test_document_windows_lie_inside_different_long_documents() -> None:
-    documents = numbered(5, 12, 6, 20, 7, 30)
-    places = {10 + s: n for s, n in zip((5, 23, 50), (12, 20, 30), strict=True)}
-    seen: dict[int, set[int]] = {start: set() for start in places}
-    for seed in range(300):
-        tokens = calibrate(PLAIN, documents, 3, 7, seed, "document")
-        owners = []
-        for window in tokens.tolist():
-            assert window == list(range(window[0], window[0] + 7))
-            owner = max(start for start in places if start <= window[0])
-            assert window[-1] < owner + places[owner]
-            owners.append(owner)
-            seen[owner].add(window[0] - owner)
-        assert sorted(owners) == sorted(places)
-    assert {start: len(offsets) for start, offsets in seen.items()} == {
-        start: length - 6 for start, length in places.items()
-    }
-
-
-def test_document_sampling_never_gives_fewer_and_ends() -> None:
-    documents = numbered(5, 12, 7)
-    with pytest.raises(
-        InputError, match=r"needs 2 documents.*seqlen=7.*there are 1 \(24 tokens.*longest has 12\)"
-    ):
-        calibrate(PLAIN, documents, 2, 7, sampling="document")
 
 
 # Evaluation
@@ -260,6 +132,67 @@ def test_document_windows_are_bos_and_text_cut_and_counted() -> None:
 def test_documents_that_predict_nothing_are_an_error() -> None:
     with pytest.raises(InputError, match="fills no window"):
         cut(PLAIN, ["10", ""], "documents", seqlen=6)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sampled_windows_are_drawn_as_published(seed: int) -> None:
+    documents = numbered(3, 9, 5, 14)
+    random.seed(seed)
+    expected = []
+    while len(expected) < 20:
+        ids = ADDING(documents[random.randint(0, 3)])["input_ids"]
+        if len(ids) > 6:
+            start = random.randint(0, len(ids) - 6 - 1)
+            expected.append(ids[start : start + 6])
+    result = cut(ADDING, documents, "sampled", seqlen=6, max_windows=20, seed=seed)
+    assert [window.tolist() for window in result.windows] == expected
+    assert (result.tokens, result.dropped_tokens, result.skipped_documents) == (120, 0, 0)
+    # Inside one document each, and a beginning token only where a window begins its document.
+    assert any(BOS in window for window in expected)
+    assert all(BOS not in window[1:] for window in expected)
+
+
+def test_sampled_windows_need_their_number_and_a_long_document() -> None:
+    with pytest.raises(ValueError, match="max_windows"):
+        cut(PLAIN, numbered(9), "sampled", seqlen=6)
+    with pytest.raises(InputError, match="seqlen=9 tokens, and of 2 the longest has 9"):
+        cut(PLAIN, numbered(9, 3), "sampled", seqlen=9, max_windows=2)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "policy", "bos"),
+    [
+        (ADDING, "auto", True),
+        (ADDING, "always", True),
+        (ADDING, "never", False),
+        (PLAIN, "auto", False),
+        (PLAIN, "always", True),
+        (BARE, "auto", False),
+        (BARE, "never", False),
+    ],
+)
+def test_one_beginning_token_or_none_as_the_protocol_says(
+    tokenizer: PreTrainedTokenizerFast, policy: str, bos: bool
+) -> None:
+    texts = numbered(7, 8)
+    joined = cut(tokenizer, texts, "joined", seqlen=4, add_bos=policy)
+    documents = cut(tokenizer, texts, "documents", seqlen=4, add_bos=policy)
+    assert joined.bos is documents.bos is bos
+    # One for the whole text, which has several windows; one for each document.
+    whole = torch.cat(joined.windows)
+    assert (whole == BOS).nonzero().flatten().tolist() == ([0] if bos else [])
+    assert len(joined.windows) == 4
+    for window in documents.windows:
+        assert (window == BOS).nonzero().flatten().tolist() == ([0] if bos else [])
+
+
+@pytest.mark.parametrize("windows", ["joined", "documents"])
+def test_windows_survive_as_tensors(windows: str) -> None:
+    value = cut(ADDING, numbered(3, 0, 9, 1), windows, seqlen=6)
+    again = EvaluationWindows.from_tensors(value.to_tensors())
+    assert [w.tolist() for w in again.windows] == [w.tolist() for w in value.windows]
+    assert (again.tokens, again.dropped_tokens) == (value.tokens, value.dropped_tokens)
+    assert (again.skipped_documents, again.bos) == (value.skipped_documents, value.bos)
 
 
 # Hash

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.errors import InputError
+from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.method.pruning import Sparsity, check_dimensions, choose_pruned
 
 
 @settings(deadline=None, max_examples=60)
@@ -22,7 +24,7 @@ def test_unstructured_prunes_exactly_the_count_with_the_smallest_scores(
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(distinct, (rows, columns), generator=generator).float()
     pruned = choose_pruned(score, Sparsity(ratio))
-    count = round(ratio * rows * columns)
+    count = round(ratio * (rows * columns))
     assert pruned.sum() == count
     assert torch.equal(score[pruned].sort().values, score.flatten().sort().values[:count])
     assert torch.equal(pruned, choose_pruned(score, Sparsity(ratio)))
@@ -87,3 +89,38 @@ def test_an_empty_window_is_refused():
 )
 def test_pattern_bits_by_hand_count(sparsity, bits):
     assert sparsity.pattern_bits_per_weight == bits
+
+
+MLP = {"block.0.up_proj": 32, "block.0.down_proj": 44}
+
+
+@pytest.mark.parametrize(
+    "sparsity", [Sparsity(0.5), Sparsity(0.0), Sparsity.structured(2, 4), Sparsity.structured(1, 2)]
+)
+def test_dimensions_that_a_pattern_fits_are_accepted(sparsity):
+    check_dimensions(MLP, sparsity, mask_block=32)
+    for columns in MLP.values():
+        choose_pruned(torch.zeros(2, columns), sparsity)
+
+
+def test_a_linear_that_no_whole_number_of_windows_covers_is_named():
+    with pytest.raises(InputError, match=r"block\.0\.down_proj has 44 columns.* m = 8 for .* 4:8:"):
+        check_dimensions(MLP, Sparsity.structured(4, 8), mask_block=32)
+    with pytest.raises(InputError, match=r"down_proj has 44 columns.*, and so have 1 more: "):
+        check_dimensions(MLP | {"x": 4}, Sparsity.structured(4, 8), mask_block=32)
+
+
+def test_a_mask_block_that_cuts_a_window_is_refused():
+    with pytest.raises(InputError, match=r"sparsity\.mask_block=30 is not a multiple of m = 4"):
+        check_dimensions(MLP, Sparsity.structured(2, 4), mask_block=30)
+
+
+def test_the_shapes_of_a_model_are_enough_to_tell(tiny_model):
+    inventory = take_inventory(tiny_model("llama", device="meta", intermediate_size=44))
+    columns = {linear.name: linear.columns for block in inventory.linears for linear in block}
+    assert sorted(set(columns.values())) == [32, 44]
+    check_dimensions(columns, Sparsity.structured(2, 4), mask_block=32)
+    with pytest.raises(
+        InputError, match=r"^model\.layers\.0\.mlp\.down_proj has 44 columns.* 1 mo"
+    ):
+        check_dimensions(columns, Sparsity.structured(4, 8), mask_block=32)

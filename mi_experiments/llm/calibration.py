@@ -1,0 +1,122 @@
+"""From documents to calibration sequences."""
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mi_experiments.errors import InputError
+from mi_experiments.llm.windows import BosPolicy, adds_bos, draw_published, tokenize
+
+
+class Sampling(Enum):
+    """How calibration sequences are drawn.
+
+    `packed`: from documents joined. `document`: each from a long document of its own.
+    `published`: as the code of GPTQ, SparseGPT and Wanda does, with Python's generator and with
+    replacement, so that sequences may overlap.
+    """
+
+    packed = "packed"
+    document = "document"
+    published = "published"
+
+
+def calibration_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    *,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    sampling: Sampling,
+    allow_fewer: bool,
+    add_bos: BosPolicy,
+) -> Int64[Tensor, "sequences seqlen"]:
+    """Draw calibration sequences; there is no padding.
+
+    `packed`: documents in a random order, each tokenized on its own, joined until there is enough,
+    cut into windows, of which `nsamples` are drawn. `document`: one random window from each of
+    `nsamples` random documents that are longer than seqlen (the convention for C4 in GPTQ,
+    arXiv:2210.17323, and SparseGPT, arXiv:2301.00774). Neither draws a token twice.
+    `published`: see `draw_published`.
+
+    Args:
+        tokenizer: of the model.
+        documents: texts; a single one is running text.
+        nsamples: how many sequences.
+        seqlen: tokens in each.
+        seed: of the draw.
+        sampling: how they are drawn.
+        allow_fewer: where the text does not suffice, return the sequences that there are.
+        add_bos: whether a document begins with the beginning token.
+
+    Raises:
+        InputError: there is not enough text: for all, or for any if fewer are allowed.
+    """
+    bos = adds_bos(tokenizer, add_bos)
+    if sampling is Sampling.published:
+        return torch.stack(
+            draw_published(tokenizer, documents, bos, count=nsamples, seqlen=seqlen, seed=seed)
+        )
+    generator = torch.Generator().manual_seed(seed)
+    draw = {Sampling.packed: _draw_packed, Sampling.document: _draw_from_documents}[sampling]
+    order = torch.randperm(len(documents), generator=generator).tolist()
+    texts = (tokenize(tokenizer, documents[i], bos) for i in order)
+    return draw(texts, nsamples, seqlen, allow_fewer, generator)
+
+
+def _draw_packed(
+    texts: Iterator[Int64[Tensor, "_"]],
+    nsamples: int,
+    seqlen: int,
+    allow_fewer: bool,
+    generator: torch.Generator,
+) -> Int64[Tensor, "sequences seqlen"]:
+    """Draw windows of the joined texts, reading no more texts than needed."""
+    needed, available, read = nsamples * seqlen, 0, []
+    for text in texts:
+        read.append(text)
+        available += len(text)
+        if available >= needed:
+            break
+    count = available // seqlen
+    if count < (1 if allow_fewer else nsamples):
+        raise InputError(
+            f"calibration needs nsamples={nsamples} x seqlen={seqlen} = {needed} tokens, and the "
+            f"text has {available}: lower nsamples or seqlen, give more text, or take the "
+            f"{count} sequences that there are with dataset.allow_fewer=true"
+        )
+    windows = torch.cat(read)[: count * seqlen].view(count, seqlen)
+    return windows[torch.randperm(count, generator=generator)[:nsamples]]
+
+
+def _draw_from_documents(
+    texts: Iterator[Int64[Tensor, "_"]],
+    nsamples: int,
+    seqlen: int,
+    allow_fewer: bool,
+    generator: torch.Generator,
+) -> Int64[Tensor, "sequences seqlen"]:
+    """Draw one window from each of the first texts that are longer than seqlen."""
+    windows: list[Tensor] = []
+    tokens = longest = 0
+    for text in texts:
+        tokens, longest = tokens + len(text), max(longest, len(text))
+        if len(text) > seqlen:
+            starts = len(text) - seqlen + 1
+            start = int(torch.randint(starts, (), generator=generator))
+            windows.append(text[start : start + seqlen])
+        if len(windows) == nsamples:
+            break
+    if len(windows) < (1 if allow_fewer else nsamples):
+        raise InputError(
+            f"sampling=document needs {nsamples} documents longer than seqlen={seqlen} tokens, and "
+            f"there are {len(windows)} ({tokens} tokens in all, the longest has {longest}): use "
+            "sampling=packed or dataset.allow_fewer=true, lower nsamples or seqlen, or give more "
+            "text"
+        )
+    return torch.stack(windows)

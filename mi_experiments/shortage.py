@@ -1,0 +1,142 @@
+"""Where memory is short: recognise it, go on in smaller pieces, and count how often that was done.
+
+Pieces give the same numbers but for the order in which some products are summed, so each retry is
+logged and counted, and the count is in the record.
+"""
+
+import contextlib
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from mi_experiments.errors import MemoryShortage
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad alloc", "bad_alloc")
+"""What the CPU allocator, CUDA and its libraries say in a RuntimeError."""
+
+REMEDY = (
+    "what was finished is kept: free memory, or choose memory.activations=disk, a smaller "
+    "dataset.batch_size or evaluation.batch_tokens, and give the command again"
+)
+
+
+@dataclass
+class Retries:
+    """How often work was done again in smaller pieces."""
+
+    count: int = 0
+
+
+_counting: list[Retries] = []
+
+
+@contextlib.contextmanager
+def count_retries() -> Iterator[Retries]:
+    """Count the retries for the length of a with statement."""
+    retries = Retries()
+    _counting.append(retries)
+    try:
+        yield retries
+    finally:
+        # By identity: equal counts are not the same count.
+        _counting[:] = [other for other in _counting if other is not retries]
+
+
+def note_retry(what: str, reason: str) -> None:
+    """Log and count that work is done again, and give cached memory back first."""
+    log.warning("memory is short: going on with %s (%s)", what, reason)
+    for retries in _counting:
+        retries.count += 1
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Say whether an exception means that memory is short, on the accelerator or on the host."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):
+        return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in SAID)
+    return isinstance(error, MemoryError | MemoryShortage)
+
+
+def describe(error: BaseException) -> str:
+    """Return what an exception says of the memory, in one short line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def in_pieces(work: Callable[[int, int], T], length: int, unit: str, least: int = 1) -> list[T]:
+    """Do work on a range, and where memory is short on its halves, and on theirs.
+
+    Args:
+        work: Does what is asked of start…stop and returns the result. It must have changed nothing
+            when it runs out of memory.
+        length: The range is 0…length.
+        unit: What the range counts, for messages.
+        least: Pieces this small are not halved.
+
+    Returns:
+        The results, in order.
+
+    Raises:
+        MemoryShortage: The smallest piece is still too large.
+    """
+
+    def cover(start: int, stop: int) -> list[T]:
+        try:
+            return [work(start, stop)]
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            reason = describe(error)
+        # Only here, outside of the handler, is everything freed that the attempt has held.
+        count = stop - start
+        if count <= least or count < 2:
+            raise MemoryShortage(f"no memory for {count} {unit} ({reason}): {REMEDY}")
+        middle = start + count // 2
+        note_retry(f"{middle - start} of {length} {unit} at a time", reason)
+        return cover(start, middle) + cover(middle, stop)
+
+    return cover(0, length)
+
+
+def until_it_fits(work: Callable[[], T], shrink: Callable[[str], None]) -> T:
+    """Do work, and after each shortage of memory from its beginning, once it is made smaller.
+
+    Args:
+        work: What to do.
+        shrink: Makes it smaller; gets the reason, and raises when it cannot.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError, MemoryShortage) as error:
+            if not is_shortage(error):
+                raise
+            reason = describe(error)
+        shrink(reason)
+
+
+@contextlib.contextmanager
+def shortage_in(phase: str) -> Iterator[None]:
+    """Turn a shortage of memory that nothing could be done about into one line.
+
+    Raises:
+        MemoryShortage: There was one.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_shortage(error):
+            raise
+        line = f"{phase}: out of memory ({describe(error)}): {REMEDY}"
+        raise MemoryShortage(line) from error
