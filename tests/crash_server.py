@@ -70,6 +70,7 @@ class Server:
             "PYTHONPATH": os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
+            "MI_EXPERIMENTS_CACHE": str(root / "cache"),
             "TOKENIZERS_PARALLELISM": "false",
         }
         self.process = subprocess.Popen(
