@@ -38,7 +38,7 @@ from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.screen import screen_calibration
 from mi_experiments.scrubbing import scrub
-from mi_experiments.stored_model import StoredModel, tidy
+from mi_experiments.stored_model import PARTS, StoredModel, tidy
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
 from mi_experiments.verdict import check_fallbacks, totals
@@ -173,7 +173,7 @@ def open_run(
     calibration = calibration_sequences(opened.tokenizer, config)
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
-    commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
+    commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts), (PLAN, *PARTS))
     recorder.open()
     recorder.update(provenance=provenance)
     return Run(
