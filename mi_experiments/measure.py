@@ -1,7 +1,7 @@
 """Measure what a block's sites read: from activations to a Hessian a site."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Allocation, Config, Cost
-from mi_experiments.errors import MiError
+from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.blocks import Block, held
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import LinearView, take_inventory
@@ -20,6 +20,26 @@ from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
 from mi_experiments.shortage import until_it_fits
+
+
+def check_weights(linears: Iterable[LinearView]) -> None:
+    """Require finite weights, before the first of them is used or changed.
+
+    Args:
+        linears: of a model or a block; those without weights, on the meta device, are passed over.
+
+    Raises:
+        NumericalError: of which linear they are not.
+    """
+    for linear in linears:
+        if linear.parameter.is_meta:
+            continue
+        weight = linear.read_weight()
+        if bad := int((~weight.isfinite()).count_nonzero()):
+            raise NumericalError(
+                f"{bad} of {weight.numel()} weights of {linear.name} are not finite: "
+                f"the checkpoint is damaged, or beyond the range of {linear.dtype}"
+            )
 
 
 def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dict[str, Hessian]:

@@ -74,9 +74,10 @@ def factorize_site(
     escalate = recipe.on_singular is OnSingular.escalate
     try:
         factor = factorize(hessian, damping=recipe.damping, order=order, escalate=escalate)
-    except SingularError:
+    except SingularError as error:
         if recipe.on_singular is not OnSingular.skip:
-            raise
+            line = "recipe.on_singular=skip leaves the linears that read it as they are"
+            raise SingularError(f"{error}; {line}") from error
         return SiteStatistics(hessian, None, (recipe.damping,), drift, 0)
     return SiteStatistics(hessian, factor, factor.attempts, drift, 0)
 
