@@ -98,6 +98,18 @@ class DeadChannels(Enum):
     zero = "zero"
 
 
+class ScarceTokens(Enum):
+    """What is done with an expert to which fewer than `recipe.min_tokens` tokens are routed.
+
+    `all_tokens`: it is calibrated on all tokens that enter its module. `keep`: it stays as it is.
+    `error`: the run ends.
+    """
+
+    all_tokens = "all_tokens"
+    keep = "keep"
+    error = "error"
+
+
 class TrackingMode(Enum):
     """Where Weights & Biases records go; `auto` is online where a key exists, else offline."""
 
@@ -140,8 +152,9 @@ class ModelConfig:
         allowed = ("auto", "cpu", "cuda")
         named = self.device in allowed or bool(re.fullmatch(r"cuda:\d+", self.device))
         require("model.device", self.device, named, "auto, cpu, cuda or cuda:N")
-        attentions = ("eager", "sdpa")
-        require("model.attention", self.attention, self.attention in attentions, "eager or sdpa")
+        attentions = ("auto", "eager", "sdpa")
+        known = self.attention in attentions
+        require("model.attention", self.attention, known, "auto, eager or sdpa")
 
 
 @dataclass
@@ -253,12 +266,15 @@ class RecipeConfig:
     on_singular: OnSingular
     max_escalated: float
     dead_channels: DeadChannels
+    min_tokens: int
+    scarce_tokens: ScarceTokens
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
         rounds = self.refine_rounds
         require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
+        require("recipe.min_tokens", self.min_tokens, self.min_tokens >= 1, "at least 1 token")
         share = self.max_escalated
         require("recipe.max_escalated", share, 0 <= share <= 1, "from 0 to 1")
         for key in ("input_share", "residual_share"):

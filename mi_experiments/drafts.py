@@ -18,7 +18,7 @@ from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, DeadCha
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import fit_grid, scale_groups
-from mi_experiments.method.grouping import group_channels
+from mi_experiments.method.grouping import Grouping, group_channels
 from mi_experiments.method.hessian import Factor, Hessian, factorize
 from mi_experiments.method.information import (
     InformationSummary,
@@ -27,6 +27,9 @@ from mi_experiments.method.information import (
     summarize,
 )
 from mi_experiments.method.pruning import Sparsity, choose_pruned
+
+UNMEASURED = (Grouping.contiguous, Grouping.random)
+"""Groupings that need no activations."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,10 @@ def draft_site(
         generator = torch.Generator().manual_seed(groups.seed)
         noise = noise_floor(hessian.sample, groups.estimator, generator)
         summary = summarize(matrix, noise, factor, groups.estimator)
+    # An expert without tokens that is to stay as it is has nothing to be grouped by.
+    measured = hessian is not None or groups.grouping in UNMEASURED
     channel_group = group_channels(
-        groups.grouping,
+        groups.grouping if measured else Grouping.contiguous,
         groups.count,
         site.columns,
         hessian=hessian,
@@ -126,7 +131,7 @@ def draft_site(
             weight = linear.read_weight()
             if config.recipe.dead_channels is DeadChannels.zero:
                 weight.masked_fill_(hessian.dead, 0)
-            loss = fisher.get(linear.name, weight.new_ones(linear.rows))
+            loss = fisher.get(linear.name, weight.new_ones(linear.rows)).to(weight.device)
             prices = price_groups(weight, loss, channel_group, hessian, factor, config)
         drafts.append(
             DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mi_experiments.config import Allocation, Config
-from mi_experiments.embedded import find_model
+from mi_experiments.drafts import sparsity_of
 from mi_experiments.errors import InputError
-from mi_experiments.llm.blocks import Block, describe_blocks
-from mi_experiments.llm.loading import choose_device, load_skeleton
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.loading import choose_device
 from mi_experiments.llm.sites import Site
 from mi_experiments.memory_plan import (
     GIB,
@@ -16,11 +16,12 @@ from mi_experiments.memory_plan import (
     Needs,
     find_room,
     measure_needs,
+    outline_model,
     plan_memory,
 )
 from mi_experiments.method.grouping import group_sizes
 from mi_experiments.pipeline import corrects_targets
-from mi_experiments.plan import check_count, needs_activations, sparsity_of
+from mi_experiments.plan import needs_activations
 
 ACCELERATORS = (80, 24, 8)
 """Sizes in GiB that a dry run plans for beside the machine that it runs on."""
@@ -71,22 +72,10 @@ def dry_run(config: Config) -> Outline:
     Raises:
         InputError: the model's config cannot be read, or more groups than channels are asked for.
     """
-    model = load_skeleton(
-        find_model(config.model.path),
-        revision=config.model.revision,
-        offline=config.model.offline,
-        attention=config.model.attention,
-    )
-    blocks = describe_blocks(
-        model,
-        config.dataset.seqlen,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-    )
+    model, blocks = outline_model(config)
     sites = [(block, site) for block in blocks for site in block.sites]
     kinds: dict[object, list[tuple[Block, Site]]] = {}
     for block, site in sites:
-        check_count(site.columns, f"{block.name}.{site.name}", config.n_groups)
         kinds.setdefault((site.family, shapes(site)), []).append((block, site))
     streams = 2 if corrects_targets(config) else 1
     measured = blocks[-1].sites[-1].stage + 1 if config.recipe.true_sequential else 1

@@ -23,9 +23,10 @@ from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.screening import OnNonfinite
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.windows import adds_bos
 from mi_experiments.memory_plan import MemoryPlan, in_a_line, plan_run
 from mi_experiments.pipeline import compress_model
-from mi_experiments.plan import Plan, plan_compression
+from mi_experiments.plan import Plan, count_steps, plan_compression
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import fingerprint, measure_provenance
 from mi_experiments.record import (
@@ -39,7 +40,7 @@ from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.screen import screen_calibration
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
-from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts
+from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
 from mi_experiments.verdict import check_fallbacks, totals
 
@@ -154,6 +155,7 @@ def open_run(
     """Find the model and the texts, and what an earlier process finished of the same run."""
     memory = plan_run(config, recorder.run_dir)
     progress.say(in_a_line(memory))
+    find_texts(config)
     source = locate_model(
         find_model(config.model.path),
         revision=config.model.revision,
@@ -172,7 +174,8 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
-    provenance = measure_provenance(config, source, opened.model, calibration)
+    bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
+    provenance = measure_provenance(config, source, opened.model, calibration, bos)
     recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
     return Run(
@@ -259,6 +262,7 @@ def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: 
         dropped_tokens=text.dropped_tokens,
         tokens_sha256=text.sha256,
         floor=text.floor,
+        bos=text.bos,
     )
 
 
@@ -266,7 +270,8 @@ def make_plan(run: Run) -> Plan:
     """Return the plan: the committed one, or a new one."""
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
-        with run.progress.task("plan", total=len(run.opened.weights.blocks)) as advance:
+        steps = count_steps(len(run.opened.weights.blocks), run.config)
+        with run.progress.task("plan", total=steps) as advance:
 
             def on_block(block: str) -> None:
                 advance(block)
@@ -279,7 +284,7 @@ def make_plan(run: Run) -> Plan:
                 on_block,
                 weights=run.opened.weights,
                 allocate=run.allocate,
-                statistics=run.memory.statistics,
+                hessian_bytes=run.memory.hessian_bytes,
                 commits=run.commits,
             )
         run.commits.commit({PLAN: plan.stored()})
@@ -320,7 +325,7 @@ def compress(run: Run, plan: Plan) -> None:
             on_linear,
             weights=run.opened.weights,
             allocate=run.allocate,
-            statistics=run.memory.statistics,
+            hessian_bytes=run.memory.hessian_bytes,
             restore=restore,
         )
         for block in blocks:

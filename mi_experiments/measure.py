@@ -1,7 +1,6 @@
-"""Measure what a block's sites read: from activations to a Hessian a site."""
+"""Measure what sites read, a Hessian each, and what the loss feels of their linears' outputs."""
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,17 +8,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Allocation, Config, Cost
+from mi_experiments.config import Allocation, Config, Cost, ScarceTokens
 from mi_experiments.errors import MiError, NumericalError
-from mi_experiments.llm.blocks import Block, held
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.routing import feed_all_tokens
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
+from mi_experiments.resume import Commits
 from mi_experiments.shortage import until_it_fits
+
+FISHER = "drafts/fisher.safetensors"
+"""What the loss feels, committed once a run."""
 
 
 def check_weights(linears: Iterable[LinearView]) -> None:
@@ -57,6 +62,9 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
         accumulators = {site.name: accumulator(block, site, config) for site in sites}
 
         def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+            if site.routed:
+                # Some mixtures show every expert every token, those of others as zeros.
+                inputs = inputs[inputs.any(-1)]
             with site_context(block, site):
                 accumulators[site.name].update(inputs)
 
@@ -66,24 +74,63 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
     return until_it_fits(measure, block.stream.shrink)
 
 
-def in_passes(sites: Sequence[Site], statistics: int | None) -> Iterator[list[Site]]:
+def in_passes(sites: Sequence[Site], hessian_bytes: int | None) -> Iterator[list[Site]]:
     """Divide sites, in order, into those whose Hessians are measured in one pass.
 
     Args:
         sites: whose inputs do not depend on what is done with the others.
-        statistics: bytes that their Hessians may take together; None for no limit.
+        hessian_bytes: bytes that their Hessians may take together; None for no limit.
     """
     chosen: list[Site] = []
     size = 0
     for site in sites:
         needed = 4 * site.columns**2
-        if chosen and statistics is not None and size + needed > statistics:
+        if chosen and hessian_bytes is not None and size + needed > hessian_bytes:
             yield chosen
             chosen, size = [], 0
         chosen.append(site)
         size += needed
     if chosen:
         yield chosen
+
+
+def measure_scarce(
+    block: Block, hessians: dict[str, Hessian], sites: Sequence[Site], config: Config
+) -> dict[str, Hessian]:
+    """Measure experts that too few tokens are routed to on all tokens that enter their module.
+
+    Args:
+        block: at which the walk stands.
+        hessians: of the sites, on their own tokens.
+        sites: of one pass.
+        config: of the run.
+
+    Returns:
+        The Hessians of those experts, on all tokens.
+
+    Raises:
+        InputError: an expert cannot be shown all tokens.
+        NumericalError: an expert has too few tokens, and `recipe.scarce_tokens` is `error`.
+    """
+    least = config.recipe.min_tokens
+    scarce = [s for s in sites if s.routed and hessians[s.name].tokens < least]
+    if scarce and config.recipe.scarce_tokens is ScarceTokens.error:
+        tokens = hessians[scarce[0].name].tokens
+        raise NumericalError(
+            f"block {block.index}, {scarce[0].name}: {tokens} tokens are routed to it, fewer than "
+            f"recipe.min_tokens={least}, and {len(scarce) - 1} more like it: calibrate on more "
+            "tokens, or choose recipe.scarce_tokens=all_tokens or keep"
+        )
+    if not scarce:
+        return {}
+    accumulators = {site.name: accumulator(block, site, config) for site in scarce}
+
+    def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+        with site_context(block, site):
+            accumulators[site.name].update(inputs)
+
+    feed_all_tokens(block, scarce, consume)
+    return {site.name: finish(block, site, accumulators[site.name]) for site in scarce}
 
 
 def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:
@@ -143,22 +190,49 @@ def finish(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian
         return accumulator.finish()
 
 
+def measures_loss(config: Config) -> bool:
+    """Say whether the budget is spent by what the loss feels of each output."""
+    wbits = config.wbits
+    return wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
+
+
 def measure_loss(
     model: PreTrainedModel,
     calibration: Int[Tensor, "nsamples seqlen"],
     config: Config,
+    *,
     weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    commits: Commits | None = None,
+    on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Float[Tensor, "_"]]:
-    """Return what the loss feels of each output of each linear, if the budget is spent by that."""
-    wbits = config.wbits
-    if wbits.allocation is not Allocation.mixed or wbits.cost is not Cost.fisher:
+    """Return what the loss feels of each output of each linear, if the budget is spent by that.
+
+    Args:
+        model: the dense model.
+        calibration: token ids; the first `wbits.fisher_samples` sequences are read.
+        config: of the run.
+        weights: loads each block when its turn comes; None for a model that holds all its weights.
+        allocate: makes room for hidden states; by default where blocks run.
+        commits: keep the result, and give it back.
+        on_block: called with the name of each block, forward and backward.
+    """
+    if not measures_loss(config):
         return {}
-    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    with contextlib.ExitStack() as stack:
-        for index in range(len(inventory.modules)):
-            stack.enter_context(held(weights, index))
-        samples = calibration[: wbits.fisher_samples]
-        return measure_fisher(model, samples, inventory, seed=config.seed)
+    if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
+        return committed[0]
+    fisher = measure_fisher(
+        model,
+        calibration[: config.wbits.fisher_samples],
+        take_inventory(model, ignore=config.model.ignore, path=config.model.blocks),
+        seed=config.seed,
+        weights=weights,
+        allocate=allocate,
+        on_block=on_block,
+    )
+    if commits is not None:
+        commits.commit({FISHER: (fisher, {})})
+    return fisher
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """plan_memory: what a run will hold, where, and whether that fits; before anything is loaded.
 
-Blocks are loaded one at a time, so nothing here grows with their number. What does grow, with the
-calibration set, are the hidden states between two blocks: they go to the accelerator if they fit
-there, else to host memory, else to a file.
+Blocks are loaded one at a time, so what must be where they run does not grow with their number.
+What does grow, with the calibration set, are the hidden states between two blocks, and with
+`wbits.cost=fisher` those between all blocks, of fewer samples: they go to the accelerator if they
+fit there, else to host memory, else to a file.
 """
 
 import os
@@ -15,12 +16,17 @@ import torch
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config, Dtype
+from mi_experiments.drafts import sparsity_of
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block, describe_blocks
+from mi_experiments.llm.fisher import POSITIONS_CHUNK
 from mi_experiments.llm.loading import choose_device, load_skeleton
+from mi_experiments.measure import measures_loss
+from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.pipeline import corrects_targets
+from mi_experiments.plan import check_count
 
 GIB, MIB = 2**30, 2**20
 
@@ -41,6 +47,13 @@ the sweep's and the refinement's copies, codes and pattern."""
 
 FORWARD_MATRICES = 4
 """Activations [tokens, width] of a block that exist at one time in a forward pass."""
+
+GRAPH_COPIES = 2
+"""What autograd keeps of a block, over what its matrices read and give: 0.8 to 1.4 for Llama,
+GPT-2, Gemma-3 and Qwen3 with experts, sdpa attention; the rest is for the gradients that pass."""
+
+SCORES = 24
+"""Bytes of each logit where labels are drawn: logits, probabilities, their sums and gradients."""
 
 LIBRARIES = 600 * MIB
 """Bytes of host memory that Python and its libraries take before any work."""
@@ -66,15 +79,17 @@ class Room:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run holds, in bytes; of all this only `stored` depends on the number of blocks.
+    """What a run holds, in bytes; only `stored` and `activations` depend on the number of blocks.
 
     Attributes:
         resident: weights outside the blocks.
         blocks: weights of one block, and of its dense twin where targets are corrected.
         site: the most that one site's statistics and one of its linears need at a time.
         hessian: the widest Hessian.
-        forward: activations inside a block, of one batch, and logits of one chunk.
-        activations: hidden states of the calibration set, in one or two streams.
+        forward: activations inside a block, of one batch, and logits of one chunk; or if that is
+            more, what one sample leaves for the backward pass through a block.
+        activations: hidden states of the calibration set, in one or two streams; or if that is
+            more, those between all blocks of the samples that go back through them.
         stored: compressed blocks on disk, while the run can be continued.
     """
 
@@ -103,7 +118,7 @@ class MemoryPlan:
         accelerator: bytes that will be used of the accelerator; None where blocks run on the CPU.
         host: bytes that will be used of host memory.
         disk: bytes that will be used of the disk.
-        statistics: bytes that the Hessians measured in one pass may take.
+        hessian_bytes: bytes that the Hessians measured in one pass may take.
         wave_tokens: tokens of an evaluation text whose hidden states may exist at one time.
     """
 
@@ -113,7 +128,7 @@ class MemoryPlan:
     accelerator: int | None
     host: int
     disk: int
-    statistics: int
+    hessian_bytes: int
     wave_tokens: int
 
 
@@ -167,7 +182,7 @@ def plan_memory(needs: Needs, room: Room, config: Config) -> MemoryPlan:
         else needs.working + needs.activations * (place is Place.accelerator),
         host=on_host + needs.activations * (place is Place.host),
         disk=needs.stored + needs.activations * (place is Place.disk),
-        statistics=max(needs.hessian, spare // 2),
+        hessian_bytes=max(needs.hessian, spare // 2),
         wave_tokens=max(tokens, config.evaluation.batch_tokens),
     )
 
@@ -180,7 +195,18 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
         run_dir: receives the records.
 
     Raises:
-        InputError: it does not fit.
+        InputError: it does not fit, or a linear does not fit what is asked for.
+    """
+    model, blocks = outline_model(config)
+    room = find_room(choose_device(config.model.device), run_dir, config)
+    return plan_memory(measure_needs(model, blocks, config), room, config)
+
+
+def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
+    """Return the shapes of a model and of its blocks, having checked that all of them can be met.
+
+    Raises:
+        InputError: a linear has fewer channels than groups, or no whole number of n:m windows.
     """
     model = load_skeleton(
         find_model(config.model.path),
@@ -194,8 +220,12 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
         ignore=tuple(config.model.ignore),
         path=config.model.blocks,
     )
-    room = find_room(choose_device(config.model.device), run_dir, config)
-    return plan_memory(measure_needs(model, blocks, config), room, config)
+    linears = [linear for block in blocks for site in block.sites for linear in site.linears]
+    columns = {linear.name: linear.columns for linear in linears}
+    check_dimensions(columns, sparsity_of(config), config.sparsity.mask_block)
+    for name, count in columns.items():
+        check_count(count, name, config.n_groups)
+    return model, blocks
 
 
 def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Config) -> Needs:
@@ -220,15 +250,41 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
     batch = max(config.dataset.batch_size * config.dataset.seqlen, config.evaluation.batch_tokens)
     samples = config.dataset.nsamples * config.dataset.seqlen
     logits = 2 * config.evaluation.logits_chunk * text.vocab_size * FLOAT32
+    forward = FORWARD_MATRICES * batch * width * item + logits
+    activations = streams * samples * text.hidden_size * item
+    if measures_loss(config):
+        active = getattr(text, "num_experts_per_tok", None)
+        kept = GRAPH_COPIES * max(traffic(block, active) for block in blocks)
+        graph = kept * config.dataset.seqlen * item
+        forward = max(forward, graph, SCORES * POSITIONS_CHUNK * text.vocab_size)
+        samples = min(config.wbits.fisher_samples, config.dataset.nsamples) * config.dataset.seqlen
+        activations = max(activations, (len(blocks) + 1) * samples * text.hidden_size * item)
     return Needs(
         resident=(everything - sum(inside)) * item,
         blocks=streams * max(inside) * item,
         site=max(FACTORIZED * widest**2, *swept) * FLOAT32,
         hessian=widest**2 * FLOAT32,
-        forward=FORWARD_MATRICES * batch * width * item + logits,
-        activations=streams * samples * text.hidden_size * item,
+        forward=forward,
+        activations=activations,
         stored=sum(inside) * item,
     )
+
+
+def traffic(block: Block, active: int | None) -> int:
+    """Return how many numbers all matrices of a block read and give for one token.
+
+    Args:
+        block: on the meta device.
+        active: experts of a 3-D parameter that a token is routed to; None for all of them.
+    """
+    total = 0
+    for parameter in block.module.parameters():
+        if parameter.ndim == 3:
+            experts = len(parameter)
+            total += min(experts, active or experts) * sum(parameter.shape[1:])
+        elif parameter.ndim == 2:
+            total += sum(parameter.shape)
+    return total
 
 
 def find_room(device: str, directory: Path, config: Config) -> Room:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Config, Scope
+from mi_experiments.config import Config, ScarceTokens, Scope
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView, take_inventory
@@ -28,18 +28,18 @@ from mi_experiments.measure import (
     check_weights,
     in_passes,
     measure_hessians,
+    measure_scarce,
     measure_twins,
     site_context,
 )
 from mi_experiments.method.audit import audit_linear
-from mi_experiments.method.hessian import Hessian
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.storage import count_storage
-from mi_experiments.method.targets import Drift
 from mi_experiments.plan import LinearPlan, Plan
 from mi_experiments.record import CHANGED, LinearReport
 from mi_experiments.shortage import count_retries
 from mi_experiments.solving import (
+    Measured,
     SiteStatistics,
     Solution,
     factorize_site,
@@ -87,7 +87,7 @@ def compress_model(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
     restore: Callable[[int], bool] = lambda block: False,
 ) -> Iterator[CompressedBlock]:
     """Prune and quantize every linear of the model, in place, block after block.
@@ -101,7 +101,7 @@ def compress_model(
         weights: loads each block when its turn comes and drops it afterwards; None for a model that
             holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
-        statistics: bytes that Hessians measured in one pass may take; None for no limit.
+        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
         restore: puts the weights of a block that was compressed earlier into the model, or answers
             no; such a block is not yielded.
 
@@ -131,7 +131,7 @@ def compress_model(
         if not restore(block.index):
             check_weights(block.linears)
             linears = []
-            found = measure_statistics(block, twins, plan.sparsity, config, statistics)
+            found = measure_statistics(block, twins, plan.sparsity, config, hessian_bytes)
             for site, shared in found:
                 for linear in site.linears:
                     with site_context(block, site, linear):
@@ -151,25 +151,25 @@ def measure_statistics(
     twins: Twins | None,
     sparsity: Sparsity,
     config: Config,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
 ) -> Iterator[tuple[Site, SiteStatistics]]:
     """Measure and factorize each site when it is asked for."""
-    sites = measure_sites(block, twins, config, statistics)
+    sites = measure_sites(block, twins, config, hessian_bytes)
     while True:
         # Only while measuring: what the caller does with a site is counted there.
         with count_retries() as retries:
             found = next(sites, None)
         if found is None:
             return
-        site, hessian, drift = found
+        site, measured = found
         with site_context(block, site):
-            shared = factorize_site(hessian, drift, sparsity, config)
+            shared = factorize_site(measured, sparsity, config)
         yield site, replace(shared, retries=retries.count)
 
 
 def measure_sites(
-    block: Block, twins: Twins | None, config: Config, statistics: int | None = None
-) -> Iterator[tuple[Site, Hessian, Drift | None]]:
+    block: Block, twins: Twins | None, config: Config, hessian_bytes: int | None = None
+) -> Iterator[tuple[Site, Measured]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
     The experts of one stage are measured together, and without drift: the dense model sends them
@@ -181,12 +181,19 @@ def measure_sites(
         stages = [list(sites) for _, sites in groupby(block.sites, lambda site: site.stage)]
     for sites in stages:
         if twins is not None and not sites[0].routed:
-            yield sites[0], *measure_twins(twins, sites[0], config)
+            hessian, drift = measure_twins(twins, sites[0], config)
+            yield sites[0], Measured(hessian, drift, hessian.tokens)
             continue
-        for together in in_passes(sites, statistics):
+        for together in in_passes(sites, hessian_bytes):
             hessians = measure_hessians(block, together, config)
+            tokens = {name: hessian.tokens for name, hessian in hessians.items()}
+            keep = config.recipe.scarce_tokens is ScarceTokens.keep
+            if not keep:
+                hessians |= measure_scarce(block, hessians, together, config)
             for site in together:
-                yield site, hessians.pop(site.name), None
+                count = tokens[site.name]
+                kept = keep and site.routed and count < config.recipe.min_tokens
+                yield site, Measured(hessians.pop(site.name), None, count, kept)
 
 
 def compress_linear(
@@ -239,7 +246,8 @@ def compress_linear(
         damping_attempts=statistics.attempts,
         plan_damping=information.damping if information else None,
         dead_channels=int(statistics.hessian.dead.sum()),
-        tokens=statistics.hessian.tokens,
+        tokens=statistics.tokens,
+        all_tokens=statistics.hessian.tokens > statistics.tokens,
         retries=statistics.retries + retries.count,
         seconds=time.perf_counter() - started,
         status=solution.status,

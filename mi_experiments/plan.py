@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Allocation, Config, NGroupsConfig, Scope
-from mi_experiments.drafts import Draft, DraftLinear, draft_site, sparsity_of
+from mi_experiments.config import Allocation, Config, NGroupsConfig, ScarceTokens, Scope
+from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.inventory import take_inventory
@@ -28,17 +28,15 @@ from mi_experiments.measure import (
     in_passes,
     measure_hessians,
     measure_loss,
+    measure_scarce,
+    measures_loss,
     site_context,
 )
 from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import scale_groups
-from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.resume import Commits
-
-UNMEASURED = (Grouping.contiguous, Grouping.random)
-"""Groupings that need no activations."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def plan_compression(
     *,
     weights: BlockWeights | None = None,
     allocate: Allocate | None = None,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
     commits: Commits | None = None,
 ) -> Plan:
     """Group the channels of every site and allocate the bit budget.
@@ -147,11 +145,12 @@ def plan_compression(
         model: the dense model; not changed.
         calibration: token ids.
         config: of the run.
-        on_block: called with the name of each block when its sites are priced, for progress.
+        on_block: called with the name of each block when its sites are priced, and before that as
+            `measure_loss` goes through it; see `count_steps`.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
-        statistics: bytes that Hessians measured in one pass may take; None for no limit.
-        commits: keep and give back the drafts of finished blocks.
+        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
+        commits: keep and give back what the loss feels, and the drafts of finished blocks.
 
     Returns:
         Groups and widths of every linear; the average width is at most the budget, exactly.
@@ -168,7 +167,15 @@ def plan_compression(
             check_count(linear.columns, linear.name, config.n_groups)
     finished = read_drafts(commits, len(inventory.modules))
     if len(finished) < len(inventory.modules):
-        fisher = measure_loss(model, calibration, config, weights)
+        fisher = measure_loss(
+            model,
+            calibration,
+            config,
+            weights=weights,
+            allocate=allocate,
+            commits=commits,
+            on_block=on_block,
+        )
         activations = needs_activations(config)
         walk = walk_blocks(
             model,
@@ -181,7 +188,9 @@ def plan_compression(
         )
         for block in walk:
             if block.index not in finished:
-                finished[block.index] = draft_block(block, fisher, activations, config, statistics)
+                finished[block.index] = draft_block(
+                    block, fisher, activations, config, hessian_bytes
+                )
                 if commits is not None and activations:
                     commits.commit({draft_name(block.index): finished[block.index].stored()})
             on_block(block.name)
@@ -194,19 +203,32 @@ def plan_compression(
     )
 
 
+def count_steps(blocks: int, config: Config) -> int:
+    """Return how often `plan_compression` calls `on_block` if nothing was finished earlier."""
+    return blocks * (3 if measures_loss(config) else 1)
+
+
 def draft_block(
     block: Block,
     fisher: Mapping[str, Float[Tensor, "_"]],
     activations: bool,
     config: Config,
-    statistics: int | None = None,
+    hessian_bytes: int | None = None,
 ) -> Draft:
     """Group the channels of a block's sites and price every group at every width."""
     linears: list[DraftLinear] = []
     information: dict[str, InformationSummary] = {}
     check_weights(block.linears)
-    for sites in in_passes(block.sites, statistics if activations else None):
+    for sites in in_passes(block.sites, hessian_bytes if activations else None):
         hessians = measure_hessians(block, sites, config) if activations else {}
+        if activations and config.recipe.scarce_tokens is ScarceTokens.keep:
+            least = config.recipe.min_tokens
+            scarce = {site.name for site in sites if site.routed} & {
+                name for name, hessian in hessians.items() if hessian.tokens < least
+            }
+            hessians = {name: hessians[name] for name in hessians.keys() - scarce}
+        elif activations:
+            hessians |= measure_scarce(block, hessians, sites, config)
         for site in sites:
             with site_context(block, site):
                 drafts, summary = draft_site(
@@ -239,14 +261,13 @@ def allocate_widths(drafts: Iterable[DraftLinear], config: Config) -> dict[str, 
     if wbits.allocation is Allocation.mixed:
         shares: dict[object, list[DraftLinear]] = {}
         for draft in drafts:
-            shares.setdefault(share(draft, wbits.scope), []).append(draft)
+            if draft.prices is not None:
+                shares.setdefault(share(draft, wbits.scope), []).append(draft)
         for members in shares.values():
             chosen |= allocate_share(members, config)
-    else:
-        width = int(wbits.average)
-        for draft in drafts:
-            groups = int(draft.channel_group.max()) + 1
-            chosen[draft.name] = torch.full((groups,), width)
+    for draft in drafts:
+        groups = int(draft.channel_group.max()) + 1
+        chosen.setdefault(draft.name, torch.full((groups,), int(wbits.average)))
     return {draft.name: finish(draft, chosen[draft.name], config) for draft in drafts}
 
 

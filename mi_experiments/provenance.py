@@ -36,7 +36,7 @@ def measure_provenance(
     source: ModelSource,
     model: nn.Module,
     calibration: Int[Tensor, "nsamples seqlen"],
-    calibration_bos: bool | None = None,
+    calibration_bos: bool,
 ) -> Provenance:
     """Collect the provenance of a run whose model and calibration tokens are loaded."""
     device = next(model.parameters()).device

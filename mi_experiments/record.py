@@ -53,10 +53,12 @@ class LinearReport:
         damping_attempts: all shares that were tried.
         dead_channels: channels that are zero on every calibration token.
         tokens: calibration tokens that the linear saw.
+        all_tokens: whether it was calibrated on all tokens, because those are too few.
         seconds: time of its grid fits and sweeps.
         status: `compressed`; `escalated`, with more damping than asked; `skipped`, left as it was
-            because its Hessian is singular; `untouched`, where neither bits nor sparsity were
-            asked. The last two count 16 bits a weight.
+            because its Hessian is singular; `kept`, likewise because too few tokens are routed to
+            an expert; `untouched`, where neither bits nor sparsity were asked. The last three count
+            16 bits a weight.
         plan_damping: share that was added to the dense model's Hessian, which groups and prices
             come from; None if that was not measured.
         retries: how often memory was short while its site was measured or it was compressed, and
@@ -87,6 +89,7 @@ class LinearReport:
     status: str
     plan_damping: float | None = None
     retries: int = 0
+    all_tokens: bool = False
 
     @property
     def changed(self) -> bool:
@@ -269,6 +272,7 @@ LINEAR_SCHEMA = pa.schema([
     ("status", pa.string()),
     ("plan_damping", pa.float64()),
     ("retries", pa.int64()),
+    ("all_tokens", pa.bool_()),
 ])
 TIMING_SCHEMA = pa.schema([("name", pa.string()), ("seconds", pa.float64())])
 

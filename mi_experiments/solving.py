@@ -4,14 +4,20 @@ Where there is nothing to solve, that is said here too: a linear that is to stay
 Hessian is singular and that the recipe skips, and one whose weights are all pruned.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from mi_experiments.config import UNQUANTIZED, Config, DeadChannels, GridFit, OnSingular
+from mi_experiments.config import (
+    UNQUANTIZED,
+    Config,
+    DeadChannels,
+    GridFit,
+    OnSingular,
+)
 from mi_experiments.errors import SingularError
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
@@ -21,6 +27,23 @@ from mi_experiments.method.refine import refine
 from mi_experiments.method.sparsegpt import Swept, sweep
 from mi_experiments.method.targets import Drift, correct_target
 from mi_experiments.plan import LinearPlan
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured at one site.
+
+    Attributes:
+        hessian: of what its linears read; of an expert with too few tokens, on all tokens.
+        drift: from what they read in the dense model; None if that is not measured.
+        tokens: that the site itself read.
+        kept: whether its linears stay as they are, because those are too few.
+    """
+
+    hessian: Hessian
+    drift: Drift | None
+    tokens: int
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,6 +56,8 @@ class SiteStatistics:
             where there is none and the recipe says to skip such linears.
         attempts: the dampings that were tried.
         drift: from what they read in the dense model; None if that is not measured.
+        tokens: that they read.
+        kept: whether they stay as they are, because those are too few.
         retries: how often memory was short while they were measured.
     """
 
@@ -40,7 +65,9 @@ class SiteStatistics:
     factor: Factor | None
     attempts: tuple[float, ...]
     drift: Drift | None
-    retries: int
+    tokens: int
+    kept: bool = False
+    retries: int = 0
 
     @property
     def skipped(self) -> bool:
@@ -59,17 +86,18 @@ class SiteStatistics:
         return torch.arange(len(self.hessian.diagonal), device=self.hessian.diagonal.device)
 
 
-def factorize_site(
-    hessian: Hessian, drift: Drift | None, sparsity: Sparsity, config: Config
-) -> SiteStatistics:
+def factorize_site(measured: Measured, sparsity: Sparsity, config: Config) -> SiteStatistics:
     """Factorize a site's Hessian in the order of the sweep, once for all its linears.
 
     Raises:
         SingularError: it cannot be, and the recipe does not say to skip its linears.
     """
-    recipe = config.recipe
+    recipe, hessian, drift = config.recipe, measured.hessian, measured.drift
+    without = SiteStatistics(hessian, None, (), drift, measured.tokens)
+    if measured.kept:
+        return replace(without, kept=True)
     if sparsity.ratio == 1:
-        return SiteStatistics(hessian, None, (), drift, 0)
+        return without
     order = sweep_order(hessian.diagonal, recipe.order, window=max(1, sparsity.m))
     escalate = recipe.on_singular is OnSingular.escalate
     try:
@@ -78,8 +106,8 @@ def factorize_site(
         if recipe.on_singular is not OnSingular.skip:
             line = "recipe.on_singular=skip leaves the linears that read it as they are"
             raise SingularError(f"{error}; {line}") from error
-        return SiteStatistics(hessian, None, (recipe.damping,), drift, 0)
-    return SiteStatistics(hessian, factor, factor.attempts, drift, 0)
+        return replace(without, attempts=(recipe.damping,))
+    return replace(without, factor=factor, attempts=factor.attempts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,8 +140,8 @@ def solve_linear(
 ) -> Solution:
     """Compress one matrix, or leave it as it is if nothing is asked or if it must be skipped."""
     untouched = sparsity.is_dense and bool((linear_plan.bits == UNQUANTIZED).all())
-    if untouched or statistics.skipped:
-        status = "untouched" if untouched else "skipped"
+    if untouched or statistics.skipped or statistics.kept:
+        status = "untouched" if untouched else "kept" if statistics.kept else "skipped"
         bits = torch.full_like(linear_plan.bits, UNQUANTIZED)
         return Solution(status, original, leave(original), None, bits, Sparsity(0.0))
     factor, hessian = statistics.factor, statistics.hessian

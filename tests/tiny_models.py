@@ -129,6 +129,18 @@ TINY_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek_v2": ("deepseek_v2", LATENT),
     "deepseek_v3": ("deepseek_v3", LATENT),
+    # All experts in one product, each with all tokens, those of others as zeros.
+    "llama4": (
+        "llama4_text",
+        {
+            **GROUPED,
+            "intermediate_size": 24,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
     # Experts stored as [columns, rows], each with biases.
     "gpt_oss": (
         "gpt_oss",

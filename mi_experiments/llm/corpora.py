@@ -7,6 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+from datasets.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -170,6 +175,8 @@ def _arrow_documents(
     reader: Callable[[str], datasets.Dataset], path: Path, text_field: str
 ) -> Sequence[str]:
     """Return one column of a file of rows, memory-mapped."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         rows = reader(str(path))
     except StopIteration:  # what the JSON builder does with a file that unpacks to nothing
@@ -178,6 +185,9 @@ def _arrow_documents(
         reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         kind = "parquet" if path.suffix == ".parquet" else "json"
         raise InputError(f"{path}: cannot be read as {kind} ({reason})") from error
+    finally:
+        if shown:
+            enable_progress_bars()
     if text_field not in rows.column_names:
         fields = ", ".join(rows.column_names)
         raise InputError(f"{path}: no column '{text_field}' (there is: {fields}); set text_field")

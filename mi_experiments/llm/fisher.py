@@ -11,11 +11,15 @@ are independent and their scores have mean zero, so that the products of differe
 vanish in expectation and f_i is unbiased for the average over t of the diagonal of the Fisher
 information of y_t. To second order, errors of variance δ_i² on the outputs, independent of each
 other and of the text, move the model's predictions by ½ Σ_i f_i δ_i² nats (KL) per position.
+
+Blocks run one at a time: forward, keeping what each of them reads, and then backward, each block
+again from what was kept. That is the chain rule through the hidden states and exact, because a
+block reads nothing else that depends on the tokens (`replay` refuses a model where one does).
 """
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -23,12 +27,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.blocks import held
 from mi_experiments.llm.inventory import Inventory, LinearView
-from mi_experiments.llm.replay import hooks
+from mi_experiments.llm.perplexity import PROBE_TOKENS, check_tail, compute_logits
+from mi_experiments.llm.replay import Allocate, Stream, open_stream
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.watching import alter
 
 POSITIONS_CHUNK = 64
-"""Positions whose probabilities exist at one time."""
+"""Positions whose logits and probabilities exist at one time."""
 
 
 def measure_fisher(
@@ -37,14 +44,19 @@ def measure_fisher(
     inventory: Inventory,
     *,
     seed: int,
-    on_sample: Callable[[int], None] | None = None,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Float[Tensor, "_rows"]]:
     """Measure the mean squared gradient of the loss on every output of the linears to compress.
 
-    One forward and one backward pass per sample. Beside the model, memory holds what autograd keeps
-    of one sample through all blocks, its logits [seqlen, vocabulary] and their gradient, both in
-    the dtype of the model (1.05 GB for 2048 tokens over 128,256 words in bfloat16), and float64
-    probabilities of `POSITIONS_CHUNK` positions. No parameter gets a gradient.
+    Every block runs twice on each sample, forward and then forward and backward, and is loaded as
+    often; the first one once more, to see how it is called. At its peak, memory where blocks run
+    holds the weights outside the blocks, one block, and what autograd keeps of one sample in it;
+    between the two passes logits and float64 probabilities of `POSITIONS_CHUNK` positions. Wherever
+    `allocate` makes room are the kept inputs of all blocks and the gradient that goes back through
+    them, (blocks + 1) × nsamples × seqlen × hidden numbers in the dtype of the model; an input goes
+    when its block has been passed again. No parameter gets a gradient.
 
     The labels of a sample depend on its tokens and the seed alone, so the result does not depend on
     the order of samples, and that of a set is the mean of those of its parts, up to rounding.
@@ -55,7 +67,10 @@ def measure_fisher(
         tokens: Token ids; samples are not padded.
         inventory: The model's linears.
         seed: Of the labels.
-        on_sample: Called after each sample with its index.
+        weights: Loads each block when its turn comes and drops it afterwards; None for a model that
+            holds all its weights.
+        allocate: Makes room for hidden states; by default where blocks run.
+        on_block: Called with the name of each block after its forward, and after its backward pass.
 
     Returns:
         f in (nats per unit of output)² by name of the linear, never negative, in float32 (float64
@@ -64,40 +79,45 @@ def measure_fisher(
         expert that reads none it is zero.
 
     Raises:
-        InputError: If no sample reaches one of the linears.
-        NumericalError: If a sample's gradients are not finite.
+        InputError: If no sample reaches one of the linears, or the model cannot be run block by
+            block, see `open_stream`.
+        NumericalError: If a sample's hidden states or gradients are not finite.
         ValueError: If there is no token, or the model is in training mode.
     """
     if tokens.numel() == 0:
         raise ValueError("there is no token")
     if model.training:
         raise ValueError("the model must be in eval mode: dropout would change the gradients")
-    linears = list(itertools.chain(*inventory.linears))
+    path, modules = inventory.path, inventory.modules
+    names = [f"{path}.{index}" for index in range(len(modules))]
     sums: dict[str, Tensor] = {}
     # Tensors made in inference mode cannot enter a graph, hence the copy of the tokens.
     with torch.inference_mode(False), torch.enable_grad():
-        for index, sample in enumerate(tokens.clone()):
-            _add_squared_gradients(model, sample, linears, seed, sums)
-            for name, total in sums.items():
-                if not total.isfinite().all():
-                    raise NumericalError(
-                        f"sample {index}: the gradients on {name} are not finite "
-                        f"({model.dtype}); try model.dtype=float32"
-                    )
-            if on_sample is not None:
-                on_sample(index)
-        # The loss does not feel an expert that no token is routed to, as long as others are called.
-        called = {l.parameter_name: sums[l.name] for l in linears if l.name in sums}  # noqa: E741
-        for linear in linears:
-            if linear.expert is not None and linear.parameter_name in called:
-                sums.setdefault(linear.name, torch.zeros_like(called[linear.parameter_name]))
-        if unread := [linear.name for linear in linears if linear.name not in sums]:
-            raise InputError(
-                f"no sample reaches {len(unread)} linears, {unread[0]} first; "
-                "match what the model does not call by a pattern of model.ignore"
-            )
+        tokens = tokens.clone()
+        with held(weights, 0):
+            stream = open_stream(model, path, modules, tokens, 1, allocate)
+        check_tail(model, modules, stream, PROBE_TOKENS)
+        entering: list[Stream] = []
+        for index, name in enumerate(names):
+            entering.append(stream)
+            stream = stream.fork()
+            with held(weights, index):
+                stream.advance(name, modules[index])
+            if on_block is not None:
+                on_block(name)
+        _turn_round(model, modules, stream, tokens, seed)
+        for index, name in reversed(list(enumerate(names))):
+            with held(weights, index):
+                linears = inventory.linears[index]
+                sums |= _go_back(modules[index], linears, entering.pop(), stream.hidden)
+            if on_block is not None:
+                on_block(name)
+        _complete(list(itertools.chain(*inventory.linears)), sums)
         dtype = torch.promote_types(model.dtype, torch.float32)
-        return {linear.name: (sums[linear.name] / tokens.numel()).to(dtype) for linear in linears}
+        return {
+            linear.name: (sums[linear.name] / tokens.numel()).to(dtype)
+            for linear in itertools.chain(*inventory.linears)
+        }
 
 
 def draw_uniforms(tokens: Int64[Tensor, "seqlen"], seed: int) -> Float64[Tensor, "seqlen"]:
@@ -126,36 +146,57 @@ def sample_labels(
     return labels.clamp(max=probabilities.shape[1] - 1)
 
 
+@torch.no_grad()
 def _score(
     logits: Float[Tensor, "positions vocabulary"], uniforms: Float64[Tensor, "positions"]
 ) -> Float[Tensor, "positions vocabulary"]:
-    """Return ∂L/∂logits = p − e_label, without the float32 copies that autograd would keep."""
-    gradient = torch.empty_like(logits)
+    """Return ∂L/∂logits = p − e_label."""
     # Not in half precision: p rounds to 1 where the model is sure, and the score to 0.
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    for start in range(0, len(logits), POSITIONS_CHUNK):
-        chunk = slice(start, start + POSITIONS_CHUNK)
-        probabilities = logits[chunk].softmax(-1, dtype=dtype)
-        labels = sample_labels(probabilities, uniforms[chunk])
-        probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
-        gradient[chunk] = probabilities
-    return gradient
+    probabilities = logits.softmax(-1, dtype=dtype)
+    labels = sample_labels(probabilities, uniforms)
+    probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return probabilities.to(logits.dtype)
 
 
-def _add_squared_gradients(
+def _turn_round(
     model: PreTrainedModel,
-    sample: Int64[Tensor, "seqlen"],
-    linears: list[LinearView],
+    modules: nn.ModuleList,
+    stream: Stream,
+    tokens: Int64[Tensor, "nsamples seqlen"],
     seed: int,
-    sums: dict[str, Tensor],
 ) -> None:
-    """Add Σ_t (∂L/∂y_t)² of one sample to the sums, in float64, for each linear that it reaches."""
-    entering: list[Tensor] = []
+    """Put the gradient of the loss in the place of what the last block returned."""
+    for index, (sample, hidden) in enumerate(zip(tokens, stream.samples(), strict=True)):
+        uniforms = draw_uniforms(sample, seed)
+        for start in range(0, len(sample), POSITIONS_CHUNK):
+            chunk = slice(start, start + POSITIONS_CHUNK)
+            leaf = hidden[chunk].detach().requires_grad_()
+            logits = compute_logits(model, modules, stream.form, leaf)
+            # Not backward(), which would leave gradients on whatever parameter still asks for one.
+            (gradient,) = torch.autograd.grad(logits, leaf, _score(logits, uniforms[chunk]))
+            _check_finite(gradient, stream, index, "the model's last hidden states")
+            stream.hidden[index, chunk] = gradient
 
-    def enter(module: nn.Module, arguments: tuple[object, ...], output: Tensor) -> Tensor:
-        entering.append(output.detach().requires_grad_())
-        # Not the leaf itself: some models go on in place, which autograd forbids on leaves.
-        return entering[-1].clone()
+
+def _go_back(
+    module: nn.Module,
+    linears: Sequence[LinearView],
+    stream: Stream,
+    gradients: Float[Tensor, "nsamples seqlen hidden"],
+) -> dict[str, Tensor]:
+    """Take the gradient of the loss from a block's output to its input, overwriting it.
+
+    Args:
+        module: The block.
+        linears: Its linears.
+        stream: What the block reads.
+        gradients: On its output.
+
+    Returns:
+        Σ over samples and positions of (∂L/∂y_t)² in float64, for each linear that is reached.
+    """
+    sums: dict[str, Tensor] = {}
 
     def collect(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
         # Here and not in the backward pass, which does not visit outputs without influence.
@@ -170,10 +211,38 @@ def _add_squared_gradients(
         output.register_hook(add)  # type: ignore[no-untyped-call]
         return output
 
-    embedding: nn.Module = model.get_input_embeddings()
-    with hooks([embedding.register_forward_hook(enter)]), alter(linears, collect):
-        logits: Tensor = model(input_ids=sample[None].to(model.device), use_cache=False).logits
-        with torch.no_grad():
-            score = _score(logits[0], draw_uniforms(sample, seed))
-        # Not backward(), which would leave gradients on whatever parameter still asks for one.
-        torch.autograd.grad(logits, entering, score[None])
+    for index, hidden, call in stream.batches():
+        leaf = hidden.detach().requires_grad_()
+        with alter(linears, collect):
+            output = call.replay(module, leaf)
+        gradient = gradients[index : index + 1]
+        gradient.copy_(torch.autograd.grad(output, leaf, gradient.to(stream.device))[0])
+        # The last one that runs is where it began.
+        for name, total in reversed(sums.items()):
+            _check_finite(total, stream, index, name)
+    return sums
+
+
+def _check_finite(gradient: Tensor, stream: Stream, index: int, where: str) -> None:
+    """Raise, naming the sample, if a gradient has a NaN or an infinity."""
+    if not gradient.isfinite().all():
+        sample, dtype = stream.screen.names[index], stream.hidden.dtype
+        advice = "; try model.dtype=float32" if dtype.itemsize < 4 else ""
+        raise NumericalError(f"{sample}: the gradients on {where} are not finite ({dtype}){advice}")
+
+
+def _complete(linears: Sequence[LinearView], sums: dict[str, Tensor]) -> None:
+    """Add zeros for the experts that no token is routed to, which the loss does not feel.
+
+    Raises:
+        InputError: If another linear, or all experts of a parameter, are not called.
+    """
+    called = {linear.parameter_name: sums[linear.name] for linear in linears if linear.name in sums}
+    for linear in linears:
+        if linear.expert is not None and linear.parameter_name in called:
+            sums.setdefault(linear.name, torch.zeros_like(called[linear.parameter_name]))
+    if unread := [linear.name for linear in linears if linear.name not in sums]:
+        raise InputError(
+            f"no sample reaches {len(unread)} linears, {unread[0]} first; "
+            "match what the model does not call by a pattern of model.ignore"
+        )

@@ -166,7 +166,7 @@ def block_list(model: PreTrainedModel, path: str | None = None) -> tuple[str, nn
     return outermost[0], lists[outermost[0]]
 
 
-def view_linears(owner: str, module: nn.Module, key: str) -> list[LinearView]:
+def _view_linears(owner: str, module: nn.Module, key: str) -> list[LinearView]:
     """View a parameter as linears: one for a matrix, one for each expert of a 3-D parameter.
 
     Args:
@@ -250,7 +250,7 @@ def take_inventory(
                     ignored[name] = parameter.numel()
                 elif len(shared := names[id(parameter)]) > 1:
                     raise InputError(f"{' and '.join(shared)} are one weight; ignore it by name")
-                elif views := view_linears(owner, module, key):
+                elif views := _view_linears(owner, module, key):
                     linears[index] += views
                 else:
                     unknown.append((owner if key == "weight" else name, [*parameter.shape]))

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -23,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -132,7 +134,7 @@ def open_model(
     dtype: str,
     device: str,
     offline: bool,
-    attention: str = "sdpa",
+    attention: str = "auto",
     allow_float16: bool = False,
     blocks: str | None = None,
 ) -> OpenModel:
@@ -145,7 +147,7 @@ def open_model(
             ``float16``.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         offline: Never use the network.
-        attention: ``sdpa`` or ``eager``.
+        attention: ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
         allow_float16: Accept float16 for a bfloat16 checkpoint, whose range it lacks.
         blocks: Path of the block list, see ``block_list``.
 
@@ -179,7 +181,7 @@ def load_model(
     dtype: str,
     device: str,
     offline: bool,
-    attention: str = "sdpa",
+    attention: str = "auto",
     allow_float16: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open a model as `open_model` does, and load all its blocks; for models that fit into memory.
@@ -190,7 +192,7 @@ def load_model(
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         offline: Never use the network.
-        attention: ``sdpa`` or ``eager``.
+        attention: ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
         allow_float16: Accept float16 for a bfloat16 checkpoint.
 
     Returns:
@@ -210,7 +212,7 @@ def load_model(
 
 
 def load_skeleton(
-    path_or_id: str, *, revision: str | None, offline: bool, attention: str = "sdpa"
+    path_or_id: str, *, revision: str | None, offline: bool, attention: str = "auto"
 ) -> PreTrainedModel:
     """Build a model on the meta device from its config alone: shapes and names, no weights.
 
@@ -218,7 +220,7 @@ def load_skeleton(
         path_or_id: A directory, or a hub id ``org/name``.
         revision: Branch, tag or commit on the hub.
         offline: Never use the network.
-        attention: ``sdpa`` or ``eager``.
+        attention: ``sdpa``, ``eager``, or ``auto``: sdpa where the model has it.
 
     Returns:
         The model, in eval mode.
@@ -233,6 +235,11 @@ def _build(
     config: PreTrainedConfig, attention: str, experts: str, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """Build a model on the meta device."""
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if attention == "auto":
+        attention = "sdpa" if kind._supports_sdpa else "eager"
+    if attention == "sdpa" and not kind._supports_sdpa:
+        raise InputError(f"model.attention=sdpa is nothing that {kind.__name__} has; use eager")
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config,
@@ -297,8 +304,8 @@ def _parse_device(device: str) -> torch.device:
 
 def _read_config(directory: Path, attention: str) -> PreTrainedConfig:
     """Read the config of a model that can be loaded as a causal language model."""
-    if attention not in {"sdpa", "eager"}:
-        raise InputError(f"model.attention={attention} is not one of sdpa, eager")
+    if attention not in {"auto", "sdpa", "eager"}:
+        raise InputError(f"model.attention={attention} is not one of auto, sdpa, eager")
     file = directory / "config.json"
     if not file.is_file():
         raise InputError(f"{directory} has no config.json, so it is not a model directory")

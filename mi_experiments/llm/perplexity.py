@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.llm.blocks import held
+from mi_experiments.llm.calls import Form, answer
 from mi_experiments.llm.inventory import block_list
-from mi_experiments.llm.replay import Allocate, Form, Stream, answer, context_limit, open_stream
+from mi_experiments.llm.replay import Allocate, Stream, context_limit, open_stream
 from mi_experiments.llm.streaming import BlockWeights
 
 PROBE_TOKENS = 8
@@ -103,7 +104,7 @@ def measure_perplexity(
                 model, path, modules, windows, wave, batch_tokens, weights, allocate
             )
             if wave[0][0] == 0:
-                _check_tail(model, modules, streams[0], min(PROBE_TOKENS, chunk))
+                check_tail(model, modules, streams[0], min(PROBE_TOKENS, chunk))
             for index, module in enumerate(modules):
                 with held(weights, index):
                     for stream in streams:
@@ -261,7 +262,8 @@ def compute_logits(
     count = itertools.count(1)
 
     def respond(_: Tensor) -> Tensor:
-        return (hidden if next(count) == len(modules) else earlier)[None]
+        # A copy: some models go on in place, which must not change what the caller holds.
+        return (hidden if next(count) == len(modules) else earlier)[None].clone()
 
     with answer(modules, form, respond):
         logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
@@ -276,10 +278,17 @@ def _cross_entropy(
     return cross_entropy(logits, targets.to(logits.device), reduction="none")
 
 
-def _check_tail(
+@torch.no_grad()
+def check_tail(
     model: PreTrainedModel, modules: nn.ModuleList, stream: Stream, positions: int
 ) -> None:
     """Require that logits depend on the last block's output at their own position, and only on it.
+
+    Args:
+        model: in evaluation mode.
+        modules: its blocks.
+        stream: hidden states to try it on, of any block.
+        positions: of the first sample that are tried.
 
     Raises:
         InputError: they do not.

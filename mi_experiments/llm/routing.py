@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.calls import Stop, hooks
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.replay import Stop, hooks
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.watching import watch
 
@@ -38,12 +38,13 @@ def feed_all_tokens(
         consume: Called once per batch and site, in the order of the sites, as by `Block.feed`.
 
     Raises:
-        InputError: If the module of an expert is called with anything else.
+        InputError: If the module of an expert is called with anything else, or does not use the
+            expert.
         ValueError: If a site is not routed.
     """
     if ordinary := [site.name for site in sites if not site.routed]:
         raise ValueError(f"{ordinary} read every token as it is")
-    modules = {site.linears[0].module: site.linears[0] for site in sites}
+    modules = {site.linears[0].module: site.linears[0] for site in reversed(sites)}
     calls: dict[nn.Module, tuple[Tensor, Tensor, Tensor]] = {}
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,6 +83,8 @@ def _feed_expert(
 
     with watch([linear], read), suppress(Stop):
         linear.module(hidden, torch.full_like(chosen[:, :1], expert), shares[:, :1])
+        # Stopped, unless the expert is one that does nothing, as LongCat's are beyond a number.
+        raise _refusal(linear)
 
 
 def _routing(linear: LinearView, values: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +103,7 @@ def _routing(linear: LinearView, values: Sequence[Any]) -> tuple[Tensor, Tensor,
 
 def _refusal(linear: LinearView) -> InputError:
     return InputError(
-        f"{linear.parameter_name} cannot be calibrated on all tokens: its module is not called "
-        "with hidden states, the experts of each token and their shares"
+        f"{linear.name} cannot be calibrated on all tokens: its module does not multiply by it "
+        "when called with hidden states, the experts of each token and their shares; leave it as "
+        f"it is with a pattern of model.ignore that matches {linear.parameter_name}"
     )

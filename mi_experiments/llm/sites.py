@@ -81,8 +81,8 @@ def find_sites(
     path = name.rpartition(".")[0]
     if idle := [views[0].parameter_name for key, views in parameters.items() if key not in staged]:
         raise InputError(
-            f"{', '.join(idle)} not called when the block runs: nothing is multiplied by it; "
-            f"to leave it as it is, add {suggest_patterns(path, idle)}"
+            f"{', '.join(idle)} not called when the block runs: no input is multiplied by all of "
+            f"it; to leave it as it is, add {suggest_patterns(path, idle)}"
         )
     if len(staged) > len(parameters):
         mixed = next(key for key in staged if staged.count(key) > 1)

@@ -17,9 +17,11 @@ from enum import Enum
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from mi_experiments.atomic import file_hash, save_atomically
+from mi_experiments.errors import MiError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def cache_key(
         "format": FORMAT,
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "tokenizer": hash_tokenizer(tokenizer),
-        "files": [hash_file(file) for file in files],
+        "files": [file_hash(file) for file in files],
         "parameters": parameters,
     }
     text = json.dumps(parts, sort_keys=True, default=_plain)
@@ -64,17 +66,11 @@ def _plain(value: object) -> object:
     raise TypeError(f"{value!r} cannot be part of a cache key")
 
 
-def hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the SHA-256 of each file that the tokenizer saves, by name."""
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
-        return {file.name: hash_file(file) for file in sorted(Path(directory).iterdir())}
+        return {file.name: file_hash(file) for file in sorted(Path(directory).iterdir())}
 
 
 def cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -103,8 +99,8 @@ def cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
             try:
                 if damaged:
                     path.replace(path.with_suffix(".damaged"))
-                _write(path, save(tensors, metadata={"sha256": hash_tensors(tensors)}))
-            except OSError as error:
+                save_atomically(path, tensors, {"sha256": hash_tensors(tensors)})
+            except (OSError, MiError) as error:
                 log.warning("the token cache %s cannot be written: %s", path.parent, error)
         return tensors
 
@@ -142,17 +138,3 @@ def _locked(path: Path) -> Iterator[bool]:
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield True
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all: temporary sibling, fsync, rename."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

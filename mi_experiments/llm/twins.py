@@ -58,7 +58,7 @@ class Twins:
 
     @cached_property
     def writers(self) -> dict[str, tuple[str, ...]]:
-        """For each linear that writes to the residual stream, those that do so after it."""
+        """For each linear that writes to the residual stream, all that run later."""
         return find_writers(self.dense)
 
     @classmethod
@@ -115,30 +115,29 @@ class Twins:
 def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
     """Find the linears that read alone and whose output is added to the residual stream, by trying.
 
-    With all later writers silenced, a writer is a linear without whose output y the block's output
-    is smaller by exactly y. No name and no architecture is looked at; blocks that normalise the
-    output before adding it (Gemma-2) have no writers.
+    With everything silenced that runs later, a writer is a linear without whose output y the
+    block's output is smaller by exactly y. No name and no architecture is looked at; blocks that
+    normalise the output before adding it (Gemma-2) have no writers. Experts are not tried: what
+    they give is weighted by the router.
 
     Returns:
-        For each writer the later ones, in execution order.
+        For each writer the linears that run later, in execution order.
     """
-    _, hidden, call = next(block.stream.batches())
-    alone = (site for site in block.sites if len(site.linears) == 1 and not site.routed)
-    order = [site.linears[0] for site in alone]
+    _, hidden, call = next(block.batches())
     later: tuple[str, ...] = ()
     writers: dict[str, tuple[str, ...]] = {}
-    for linear in reversed(order):
-        if linear.rows != hidden.shape[-1]:
-            continue
-        with silence(block, later), capture(linear) as seen:
-            with_it = call.replay(block.module, hidden)
-        with silence(block, (linear.name, *later)):
-            without = call.replay(block.module, hidden)
-        added = seen[1].reshape(with_it.shape)
-        miss = (with_it - added - without).float().norm() / added.float().norm()
-        if miss <= WRITER_TOLERANCE:
-            writers[linear.name] = later
-            later = (linear.name, *later)
+    for site in reversed(block.sites):
+        linear = site.linears[0]
+        if len(site.linears) == 1 and not site.routed and linear.rows == hidden.shape[-1]:
+            with silence(block, later), capture(linear) as seen:
+                with_it = call.replay(block.module, hidden)
+            with silence(block, (linear.name, *later)):
+                without = call.replay(block.module, hidden)
+            added = seen[1].reshape(with_it.shape)
+            miss = (with_it - added - without).float().norm() / added.float().norm()
+            if miss <= WRITER_TOLERANCE:
+                writers[linear.name] = later
+        later = (*(linear.name for linear in site.linears), *later)
     return writers
 
 
@@ -154,10 +153,10 @@ def walk_writer(
 ) -> Iterator[tuple[Float[Tensor, "tokens columns"], Float[Tensor, "tokens rows"]]]:
     """Yield what a writer reads, and the residual stream that it adds to, a batch at a time.
 
-    The stream is the output of the block with this writer and all later ones silenced.
+    The stream is the output of the block with this writer and all later linears silenced.
     """
     (linear,) = site.linears
-    for _, hidden, call in block.stream.batches():
+    for _, hidden, call in block.batches():
         silent = silence(block, (linear.name, *later))
         with torch.no_grad(), silent, capture(linear) as inputs:
             residual = call.replay(block.module, hidden)
@@ -167,7 +166,8 @@ def walk_writer(
 @contextmanager
 def silence(block: Block, names: Sequence[str]) -> Iterator[None]:
     """Let linears of a block return zeros."""
-    chosen = [linear for linear in block.linears if linear.name in names]
+    silent = set(names)
+    chosen = [linear for linear in block.linears if linear.name in silent]
     with alter(chosen, lambda linear, inputs, output: torch.zeros_like(output)):
         yield
 
@@ -178,7 +178,8 @@ def capture(linear: LinearView) -> Iterator[list[Tensor]]:
     seen: list[Tensor] = []
 
     def keep(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
-        seen.extend((inputs, output))
+        # Copies, because some blocks go on in place.
+        seen.extend((inputs.clone(), output.clone()))
         return output
 
     with alter([linear], keep):

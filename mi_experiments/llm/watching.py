@@ -91,7 +91,10 @@ _PRODUCTS: dict[Any, _Product] = {
     **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), _Product((1, "batch1"), (2, "batch2"))),
     torch._grouped_mm: _Product((0, "self"), (1, "mat2")),
 }
-_CASTS = {Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.bfloat16, Tensor.half}
+_CASTS = {
+    *(Tensor.to, Tensor.type, Tensor.type_as),
+    *(Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half),
+}
 
 
 class _Watcher(TorchFunctionMode):

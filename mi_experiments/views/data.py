@@ -288,7 +288,6 @@ def plain_linears(
     }
     shape["kind"] = [below_block(linear.name, linear.block) for linear in linears]
     shape["site_kind"] = [below_block(linear.site, linear.block) for linear in linears]
-    shape["family"] = [family(kind) for kind in shape["kind"]]
     if shape not in shapes:
         shapes.append(shape)
     return {

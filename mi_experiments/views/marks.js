@@ -10,8 +10,7 @@ function fill(element, attributes, children) {
   element.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return element;
 }
-const html = (name, attributes = {}, ...children) =>
-  fill(document.createElement(name), attributes, children);
+const html = (name, attributes = {}, ...children) => fill(document.createElement(name), attributes, children);
 const svg = (name, attributes = {}, ...children) =>
   fill(document.createElementNS(svgSpace, name), attributes, children);
 const byId = (name) => document.getElementById(name);
@@ -51,9 +50,18 @@ const shapes = [
   "M0 5.4L5-4H-5Z", // triangle that points down
   "M-1.7-5H1.7V-1.7H5V1.7H1.7V5H-1.7V1.7H-5V-1.7H-1.7Z", // plus
 ];
-const viridis = ["#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779",
-  "#6ece58", "#b5de2b", "#fde725"].map((code) =>
-  [1, 3, 5].map((start) => parseInt(code.slice(start, start + 2), 16)));
+const viridis = [
+  "#440154",
+  "#482878",
+  "#3e4a89",
+  "#31688e",
+  "#26828e",
+  "#1f9e89",
+  "#35b779",
+  "#6ece58",
+  "#b5de2b",
+  "#fde725",
+].map((code) => [1, 3, 5].map((start) => parseInt(code.slice(start, start + 2), 16)));
 
 function shade(share) {
   const place = Math.min(Math.max(share, 0), 1) * (viridis.length - 1);
@@ -68,12 +76,26 @@ function looks(values) {
   const unique = [...new Set(values.map((value) => value ?? null))];
   const numeric = unique.every((value) => value === null || isNumber(value));
   unique.sort((a, b) => (numeric ? (a ?? Infinity) - (b ?? Infinity) : compareText(a, b)));
-  return new Map(unique.map((value, i) => [value, {
-    colour: `var(--s${i % 7})`, shape: shapes[(i + Math.floor(i / 7)) % shapes.length],
-  }]));
+  return new Map(
+    unique.map((value, i) => [
+      value,
+      {
+        colour: `var(--s${i % 7})`,
+        shape: shapes[(i + Math.floor(i / 7)) % shapes.length],
+      },
+    ]),
+  );
 }
 
 const compareText = (a, b) => String(a).localeCompare(String(b), "en", { numeric: true });
+const compareValues = (a, b) => (isNumber(a) && isNumber(b) ? a - b : compareText(a, b));
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const exact = (value) => (known(value) ? String(value) : "–");
+
+function brief(value, digits = 3) {
+  if (!known(value)) return "–";
+  return value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(digits - 2) : value.toPrecision(digits);
+}
 
 function niceTicks(low, high, count = 5) {
   const raw = (high - low) / count;
@@ -95,9 +117,10 @@ function logTicks(low, high) {
   return inside.length > 1 ? inside : niceTicks(low, high, 4);
 }
 
-// From values to pixels. Logarithmic where values span more than a factor, or by order.
+// From values to pixels, with ticks; logarithmic where that is asked and all values are positive.
 function makeScale(values, pixels, { log = false, ticks = null, zero = false, count = 5 } = {}) {
-  let low = Math.min(...values), high = Math.max(...values);
+  let low = Math.min(...values),
+    high = Math.max(...values);
   const logarithmic = log && low > 0;
   const to = logarithmic ? Math.log : (value) => value;
   const from = logarithmic ? Math.exp : (value) => value;
@@ -128,8 +151,10 @@ function tickText(value) {
 // The tooltip: a title and lines of name and value; also read out when reached by keyboard.
 const tip = byId("tip");
 function showTip(anchor, title, lines) {
-  tip.replaceChildren(html("b", {}, title),
-    ...lines.map(([name, value]) => html("span", {}, html("i", {}, name), value)));
+  tip.replaceChildren(
+    html("b", {}, title),
+    ...lines.map(([name, value]) => html("span", {}, html("i", {}, name), value)),
+  );
   tip.hidden = false;
   const box = tip.getBoundingClientRect();
   const left = anchor.x + 14 + box.width > innerWidth ? anchor.x - 14 - box.width : anchor.x + 14;
@@ -137,7 +162,9 @@ function showTip(anchor, title, lines) {
   tip.style.left = `${Math.max(left, 6)}px`;
   tip.style.top = `${top}px`;
 }
-const hideTip = () => { tip.hidden = true; };
+const hideTip = () => {
+  tip.hidden = true;
+};
 
 // Pointer and arrow keys over items {x, y, title, lines, pick}: nearest one wins.
 function interactive(plot, items, { reach = 28, outline = null } = {}) {
@@ -149,13 +176,13 @@ function interactive(plot, items, { reach = 28, outline = null } = {}) {
     current = item;
     cursor.replaceChildren();
     if (!item) return hideTip();
-    cursor.append(outline ? outline(item)
-      : svg("circle", { class: "cursor", cx: item.x, cy: item.y, r: 8 }));
+    cursor.append(outline ? outline(item) : svg("circle", { class: "cursor", cx: item.x, cy: item.y, r: 8 }));
     const frame = plot.getBoundingClientRect();
     showTip({ x: frame.left + item.x, y: frame.top + item.y }, item.title, item.lines);
   };
   const nearest = (x, y) => {
-    let best = null, least = reach ** 2;
+    let best = null,
+      least = reach ** 2;
     for (const item of items) {
       const apart = (item.x - x) ** 2 + (item.y - y) ** 2;
       if (apart < least) [best, least] = [item, apart];
@@ -173,7 +200,7 @@ function interactive(plot, items, { reach = 28, outline = null } = {}) {
     const steps = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     if (steps[event.key]) {
       event.preventDefault();
-      visit(current ? towards(items, current, steps[event.key]) ?? current : leftmost(items));
+      visit(current ? (towards(items, current, steps[event.key]) ?? current) : leftmost(items));
     } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       current?.pick?.();
@@ -185,7 +212,8 @@ const leftmost = (items) => items.reduce((a, b) => (b.x < a.x || (b.x === a.x &&
 
 // The item in a direction that is nearest, steps aside counting double.
 function towards(items, from, [dx, dy]) {
-  let best = null, least = Infinity;
+  let best = null,
+    least = Infinity;
   for (const item of items) {
     const along = (item.x - from.x) * dx + (item.y - from.y) * dy;
     if (item === from || along < 0.01) continue;

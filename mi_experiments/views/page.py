@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from mi_experiments.views.data import Comparison, to_plain
 
-SCRIPTS = ("marks.js", "chart.js", "layers.js", "table.js", "page.js")
+SCRIPTS = ("marks.js", "chart.js", "losses.js", "columns.js", "layers.js", "table.js", "page.js")
 
 
 def write_page(comparison: Comparison) -> str:

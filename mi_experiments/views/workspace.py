@@ -12,8 +12,8 @@ import wandb
 import wandb_workspaces.reports.v2.interface as wr
 import wandb_workspaces.workspaces as ws
 
+from mi_experiments.atomic import write_atomically
 from mi_experiments.errors import InputError
-from mi_experiments.record import write_atomically
 from mi_experiments.tracking import (
     CALL_SECONDS,
     METRICS,

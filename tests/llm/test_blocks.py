@@ -1,6 +1,7 @@
 """Replay is exact, sites are the textbook groups, and whatever replay relies on is checked."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -487,6 +488,93 @@ def test_a_linear_called_twice_or_never_is_refused(tiny_tokens: Callable[..., Te
         walk_to_end(Toy(Twice), tiny_tokens(2, SEQLEN))
     with pytest.raises(InputError, match=r"layers\.0\.b not called"):
         walk_to_end(Toy(Never), tiny_tokens(2, SEQLEN))
+
+
+def test_an_expert_called_twice_or_none_of_them_is_refused(
+    tiny_tokens: Callable[..., Tensor],
+) -> None:
+    class Fused(ToyBlock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 8, 8))
+
+    class Twice(Fused):
+        def mix(self, x: Tensor) -> Tensor:
+            hidden = super().mix(x) + x @ self.experts[2]
+            return hidden + (x + 1) @ self.experts[2]
+
+    class Added(Fused):
+        def mix(self, x: Tensor) -> Tensor:
+            return super().mix(x) + self.experts[0, 0]
+
+    class InCompany(Fused):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = nn.Parameter(torch.randn(3, 8, 8))
+
+        def mix(self, x: Tensor) -> Tensor:
+            shared = (x + 1) @ self.experts[0] + (x + 1) @ self.others[0]
+            y = x + 1
+            return super().mix(x) + shared + y @ self.experts[1] + y @ self.others[1]
+
+    tokens = tiny_tokens(2, SEQLEN)
+    with pytest.raises(InputError, match=r"layers\.0\.experts\.2 is called twice"):
+        walk_to_end(Toy(Twice), tokens)
+    with pytest.raises(InputError, match=r"layers\.0\.experts not called .*\['\*\.experts'\]"):
+        walk_to_end(Toy(Added), tokens)
+    with pytest.raises(InputError, match=r"experts of layers\.0\.\w+ share their inputs"):
+        walk_to_end(Toy(InCompany), tokens)
+
+
+def test_the_advice_of_an_error_can_be_taken(tiny_tokens: Callable[..., Tensor]) -> None:
+    class Convolving(ToyBlock):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.kernel = nn.Conv1d(8, 8, 3, padding=1)
+            self.inner.scale = nn.Parameter(torch.ones(2, 4))
+
+        def mix(self, x: Tensor) -> Tensor:
+            mixed = self.inner.kernel(super().mix(x).mT).mT
+            return (mixed.unflatten(-1, (2, 4)) * self.inner.scale).flatten(-2)
+
+    model, tokens = Toy(Convolving), tiny_tokens(2, SEQLEN)
+    ignore: list[str] = []
+    for name in ("kernel", "scale"):
+        with pytest.raises(InputError, match=rf"layers\.0\.inner\.{name}") as caught:
+            next(walk_blocks(model, tokens, batch_size=2, ignore=ignore))
+        (advice,) = re.findall(r"add model\.ignore=\[(.*)\]", str(caught.value))
+        ignore += advice.strip("'").split("','")
+    assert ignore == ["*.inner.kernel", "*.inner.scale"]
+    for block in walk_blocks(model, tokens, batch_size=2, ignore=ignore):
+        assert [site.name for site in block.sites] == ["a+b"]
+
+
+def test_vectors_are_no_matrices_whatever_their_shape(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("qwen2_moe")
+    model.model.layers[0].shift = nn.Parameter(torch.zeros(1, 1, 32))
+    inventory = take_inventory(model)
+    names = {linear.name for linear in inventory.linears[0]}
+    assert "model.layers.0.shift" not in names
+    # The same shape in a linear layer is a matrix with one row.
+    assert "model.layers.0.mlp.shared_expert_gate" in names
+
+
+def test_sites_do_not_depend_on_the_dtype(
+    tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
+) -> None:
+    """DeepSeek's router multiplies in float32, whatever the dtype of the model."""
+    names = [
+        [
+            [site.name for site in block.sites]
+            for block in walk_blocks(
+                tiny_model("deepseek_v3").to(dtype), tiny_tokens(2, SEQLEN), batch_size=2
+            )
+        ]
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert names[0] == names[1]
+    assert names[0][1][4] == "mlp.gate+mlp.shared_experts.gate_proj+up_proj"
 
 
 def test_a_linear_that_a_later_batch_misses_is_refused() -> None:

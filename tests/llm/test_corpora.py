@@ -11,6 +11,7 @@ import huggingface_hub.errors as hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.utils import are_progress_bars_disabled
 from huggingface_hub.utils import httpx
 
 from mi_experiments.errors import InputError
@@ -35,9 +36,13 @@ def write_rows(path: Path, texts: Sequence[str], field: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.json.gz", "x.jsonl.gz"])
-def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
+def test_every_format_gives_the_same_documents(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     write_rows(tmp_path / name, TEXTS, "body")
     assert list(read_documents(tmp_path / name, "body")) == TEXTS
+    assert capfd.readouterr() == ("", "")  # the libraries draw no bars of their own
+    assert not are_progress_bars_disabled()
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
@@ -98,6 +103,7 @@ def test_reading_a_local_file_asks_no_network(
 
     # As on a machine whose libraries may ask: with this set, some do not even try.
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     write_rows(tmp_path / name, ["a"], "text")

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.calls import Form
 from mi_experiments.llm.perplexity import (
     measure_perplexity,
     measure_token_nll,
     plan_waves,
     summarize,
 )
-from mi_experiments.llm.replay import Form
 
 TOLERANCE = 1e-12  # relative, in float64: chunks and batches change only the order of sums
 VOCABULARY = 61
@@ -295,6 +295,25 @@ def test_a_window_that_is_not_finite_is_named() -> None:
 def test_a_perplexity_beyond_float64_is_an_error() -> None:
     with pytest.raises(NumericalError, match=r"overflows: 800\.0 nats"):
         summarize([1600.0], [2])
+
+
+class InPlace(nn.Module):
+    """A norm that goes on in the memory of what it reads."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.copy_(self.norm(hidden)).mul_(2)
+
+
+def test_a_tail_may_work_in_place() -> None:
+    model, windows = build_model(), random_windows(9, 11)
+    model.model.norm = InPlace(model.model.norm)
+    by_hand = torch.cat([nll_by_hand(model, window) for window in windows])
+    result = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=5)
+    assert result.nll == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
 
 
 class Residual(nn.Module):

@@ -56,6 +56,7 @@ def test_a_hit_is_bit_identical_and_computes_nothing(token_cache: Path) -> None:
         "k.safetensors", "k.lock", "other.safetensors", "other.lock",
     }  # fmt: skip
     assert same(load_file(entry("k")), TENSORS)
+    assert entry("k").stat().st_mode & 0o777 == 0o644
 
 
 def test_the_cache_is_where_the_environment_says(

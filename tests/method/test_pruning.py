@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_experiments.errors import InputError
+from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.method.pruning import Sparsity, check_dimensions, choose_pruned
 
 
@@ -112,3 +113,14 @@ def test_a_linear_that_no_whole_number_of_windows_covers_is_named():
 def test_a_mask_block_that_cuts_a_window_is_refused():
     with pytest.raises(InputError, match=r"sparsity\.mask_block=30 is not a multiple of m = 4"):
         check_dimensions(MLP, Sparsity.structured(2, 4), mask_block=30)
+
+
+def test_the_shapes_of_a_model_are_enough_to_tell(tiny_model):
+    inventory = take_inventory(tiny_model("llama", device="meta", intermediate_size=44))
+    columns = {linear.name: linear.columns for block in inventory.linears for linear in block}
+    assert sorted(set(columns.values())) == [32, 44]
+    check_dimensions(columns, Sparsity.structured(2, 4), mask_block=32)
+    with pytest.raises(
+        InputError, match=r"^model\.layers\.0\.mlp\.down_proj has 44 columns.* 1 mo"
+    ):
+        check_dimensions(columns, Sparsity.structured(4, 8), mask_block=32)

@@ -139,7 +139,7 @@ def test_every_point_is_where_its_record_says(sweep: Path, show: Show) -> None:
 def test_lines_join_what_differs_in_nothing_else(sweep: Path, show: Show) -> None:
     tree = show(sweep).tree
     runs = {place(node): node.attributes["data-run"] for node in points(tree, "calibration")}
-    wires = [n for n in tree.below("calibration", "path") if n.attributes.get("class") == "wire "]
+    wires = [n for n in tree.below("calibration", "path") if n.attributes.get("class") == "wire"]
     joined = [
         tuple(runs[float(x), float(y)] for x, y in (at.split() for at in line.split("L")))
         for line in (wire.attributes["d"].removeprefix("M") for wire in wires)
