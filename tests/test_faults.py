@@ -24,8 +24,16 @@ from hypothesis import strategies as st
 from tiny_models import build_tiny_model
 
 from mi_experiments import pipeline, solving
-from mi_experiments.errors import AuditError, InputError, NumericalError, SingularError
+from mi_experiments.errors import (
+    AuditError,
+    InputError,
+    MemoryShortage,
+    NumericalError,
+    SingularError,
+)
 from mi_experiments.llm.inventory import LinearView
+from mi_experiments.llm.replay import Call
+from mi_experiments.method import gram, refine, sparsegpt
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.pruning import Sparsity
@@ -599,3 +607,59 @@ def test_weights_that_are_not_finite_are_refused_before_any_sweep(
     assert changed(before, model) == set()
     with pytest.raises(NumericalError, match=f"^1 of \\d+ weights of {name} are not finite"):
         plan_compression(model, tokens, config_of())
+
+
+# --- short memory -------------------------------------------------------------------------------
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, at: int) -> None:
+    """Let one call of a function run out of memory: the one with this number."""
+    function, number = getattr(owner, name), iter(range(10**6))
+
+    def attempt(*args: Any, **kwargs: Any) -> Any:
+        if next(number) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, attempt)
+
+
+PLACES = {
+    "Hessian": (gram, "_add_panel_", 2, "self_attn.q_proj k_proj v_proj"),
+    "Hessian of a later site": (gram, "_add_panel_", 9, "mlp.gate_proj up_proj"),
+    "forward": (Call, "replay", 6, "self_attn.q_proj k_proj v_proj"),
+    "sweep": (sparsegpt._Sweep, "__init__", 1, "self_attn.k_proj"),
+    "refinement": (refine, "_descend", 3, "self_attn.k_proj"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_short_memory_is_in_the_report_of_its_linears_and_moves_no_code(
+    place: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*BLIND, "sparsity=dense", "recipe.input_share=0", "recipe.residual_share=0"]
+    expected = compress(build_tiny_model("llama"), tokens, overrides)
+    owner, name, at, where = PLACES[place]
+    fail_once(monkeypatch, owner, name, at)
+    found = compress(build_tiny_model("llama"), tokens, overrides)
+    retried = {name: linear.report.retries for name, linear in found.items()}
+    parent, _, leaves = where.partition(".")
+    names = {f"model.layers.0.{parent}.{leaf}" for leaf in leaves.split()}
+    assert retried == {name: int(name in names) for name in found}
+    for name, linear in found.items():
+        assert torch.equal(linear.linear.read_weight(), expected[name].linear.read_weight()), name
+        assert linear.report.tokens == 128
+
+
+def test_a_pattern_that_needs_all_rows_at_once_ends_in_one_line_that_names_the_linear(
+    tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build_tiny_model("llama")
+    before = bits_of(model)
+    fail_once(monkeypatch, sparsegpt._Sweep, "__init__", 0)
+    line = (
+        r"^block 0, self_attn.q_proj\+.* \(model.layers.0.self_attn.q_proj\): no memory for 32 rows"
+    )
+    with pytest.raises(MemoryShortage, match=line):
+        compress(model, tokens, BLIND)
+    assert changed(before, model) == set()

@@ -72,9 +72,10 @@ class Stream:
         Raises:
             MemoryShortage: It is one sample already.
         """
-        if self.batch_size == 1:
+        size = min(self.batch_size, len(self.hidden))
+        if size == 1:
             raise MemoryShortage(f"no memory for one sample at a time ({reason}): {REMEDY}")
-        self.batch_size //= 2
+        self.batch_size = size // 2
         note_retry(f"batches of {self.batch_size} samples", reason)
 
     def samples(self) -> Iterator[Float[Tensor, "seqlen hidden"]]:
