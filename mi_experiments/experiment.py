@@ -2,7 +2,6 @@
 
 import gc
 import json
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,12 +38,10 @@ from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.screen import screen_calibration
 from mi_experiments.scrubbing import scrub
-from mi_experiments.stored_model import MODEL, REPORTS, StoredModel
+from mi_experiments.stored_model import StoredModel, tidy
 from mi_experiments.texts import EvaluationText, calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
 from mi_experiments.verdict import check_fallbacks, totals
-
-log = logging.getLogger(__name__)
 
 PLAN = "plan.safetensors"
 
@@ -113,7 +110,7 @@ def run_experiment(
         if recorder.result.bits is not None:
             check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
         recorder.update(status="completed")
-        tidy(run)
+        tidy(run.commits, config.export)
     except BaseException as error:
         line = str(error) if isinstance(error, MiError) else f"{type(error).__name__}: {error}"
         resumable = isinstance(error, ResumableError | KeyboardInterrupt)
@@ -176,8 +173,9 @@ def open_run(
     calibration = calibration_sequences(opened.tokenizer, config)
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
-    recorder.update(provenance=provenance)
     commits = Commits(recorder.run_dir, fingerprint(config, provenance, texts))
+    recorder.open()
+    recorder.update(provenance=provenance)
     return Run(
         config=config,
         opened=opened,
@@ -216,14 +214,14 @@ def screen(run: Run) -> Run:
 
 def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
     """Measure the perplexity of the dense or the compressed model on every text, once."""
-    name = f"evaluations/{phase}.json"
-    rows = run.commits.read_json(name) or {}
-    evaluations = {text: Evaluation(**row) for text, row in rows.items()}
-    for text in run.texts:
-        if text.name not in evaluations:
-            evaluations[text.name] = evaluate_text(run, text, weights, f"{phase} {text.name}")
-            rows = {key: asdict(value) for key, value in evaluations.items()}
-            run.commits.commit({name: json.dumps(rows, indent=1).encode()})
+    evaluations: dict[str, Evaluation] = {}
+    for index, text in enumerate(run.texts):
+        name = f"evaluations/{phase}-{index:03}.json"
+        row = run.commits.read_json(name)
+        if row is None:
+            row = asdict(evaluate_text(run, text, weights, f"{phase} {text.name}"))
+            run.commits.commit({name: json.dumps(row, indent=1).encode()})
+        evaluations[text.name] = Evaluation(**row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
         run.recorder.update(**{phase: dict(evaluations)})
 
@@ -287,10 +285,12 @@ def make_plan(run: Run) -> Plan:
                 hessian_bytes=run.memory.hessian_bytes,
                 commits=run.commits,
             )
+        # Before it is written: a plan that came out differently must not take the place of one.
+        run.commits.bind("plan", plan.fingerprint())
         run.commits.commit({PLAN: plan.stored()})
     else:
         plan = Plan.read(*committed)
-    run.commits.bind("plan", plan.fingerprint())
+        run.commits.bind("plan", plan.fingerprint())
     return plan
 
 
@@ -303,6 +303,7 @@ def compress(run: Run, plan: Plan) -> None:
             run.tracker.log_linear(report)
 
         def on_linear(report: LinearReport) -> None:
+            record(report)
             advance(
                 f"block {report.block} {report.name.split('.')[-1]} "
                 f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
@@ -330,18 +331,10 @@ def compress(run: Run, plan: Plan) -> None:
         )
         for block in blocks:
             run.stored.store(block)
-            for linear in block.linears:
-                record(linear.report)
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
     run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
     run.commits.adopt(LINEARS)
-
-
-def tidy(run: Run) -> None:
-    """Remove what only served to continue the run, and the compressed model if nobody wants it."""
-    kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[run.config.export]
-    run.commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
 
 
 @contextmanager

@@ -74,13 +74,18 @@ def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, A
     }
 
 
+def asked_config(config: Config) -> dict[str, Any]:
+    """Return what was asked, as far as it can move a number, without secrets."""
+    asked: dict[str, Any] = scrub(without_incidental(to_plain(config)))
+    return asked
+
+
 def fingerprint(
     config: Config, provenance: Provenance, texts: Sequence[EvaluationText]
 ) -> dict[str, Any]:
     """Return everything that the numbers of a run depend on, for its manifest."""
-    asked = without_incidental(to_plain(config))
     return {
-        "config": scrub(asked),
+        "config": asked_config(config),
         "model_files": provenance.model_files,
         "calibration": provenance.calibration_sha256,
         "evaluation": {text.name: text.sha256 for text in texts},
