@@ -1,6 +1,6 @@
 """Measure what sites read, a Hessian each, and what the loss feels of their linears' outputs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,26 @@ from mi_experiments.shortage import until_it_fits
 
 FISHER = "drafts/fisher.safetensors"
 """What the loss feels, committed once a run."""
+
+
+def check_weights(linears: Iterable[LinearView]) -> None:
+    """Require finite weights, before the first of them is used or changed.
+
+    Args:
+        linears: of a model or a block; those without weights, on the meta device, are passed over.
+
+    Raises:
+        NumericalError: of which linear they are not.
+    """
+    for linear in linears:
+        if linear.parameter.is_meta:
+            continue
+        weight = linear.read_weight()
+        if bad := int((~weight.isfinite()).count_nonzero()):
+            raise NumericalError(
+                f"{bad} of {weight.numel()} weights of {linear.name} are not finite: "
+                f"the checkpoint is damaged, or beyond the range of {linear.dtype}"
+            )
 
 
 def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dict[str, Hessian]:

@@ -7,7 +7,7 @@ Hessian and its one Cholesky factor serve all linears that read it.
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config, ScarceTokens, Scope
-from mi_experiments.errors import NumericalError
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView, take_inventory
@@ -26,6 +25,7 @@ from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.measure import (
+    check_weights,
     in_passes,
     measure_hessians,
     measure_scarce,
@@ -114,9 +114,8 @@ def compress_model(
         AuditError: a linear that does not keep a promise of its plan.
         MemoryShortage: there is no memory even for the smallest pieces.
     """
-    if weights is None:
-        inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-        check_weights(itertools.chain(*inventory.linears))
+    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
+    check_weights(itertools.chain(*inventory.linears))
     walk = walk_blocks(
         model,
         calibration,
@@ -145,21 +144,6 @@ def compress_model(
 def corrects_targets(config: Config) -> bool:
     """Say whether sweeps aim at the dense model, which then runs along block by block."""
     return config.recipe.input_share > 0 or config.recipe.residual_share > 0
-
-
-def check_weights(linears: Iterable[LinearView]) -> None:
-    """Require finite weights, before the first of them is changed.
-
-    Raises:
-        NumericalError: of which linear they are not.
-    """
-    for linear in linears:
-        weight = linear.read_weight()
-        if bad := int((~weight.isfinite()).count_nonzero()):
-            raise NumericalError(
-                f"{bad} of {weight.numel()} weights of {linear.name} are not finite: "
-                f"the checkpoint is damaged, or beyond the range of {linear.dtype}"
-            )
 
 
 def measure_statistics(

@@ -24,6 +24,7 @@ from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.measure import (
+    check_weights,
     in_passes,
     measure_hessians,
     measure_loss,
@@ -153,10 +154,12 @@ def plan_compression(
 
     Raises:
         InputError: more groups than channels.
-        NumericalError: activations that are not finite, or a Hessian that cannot be factorized.
+        NumericalError: weights or activations that are not finite, or a Hessian that cannot be
+            factorized.
     """
     inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
     for linears in inventory.linears:
+        check_weights(linears)
         for linear in linears:
             check_count(linear.columns, linear.name, config.n_groups)
     finished = read_drafts(commits, len(inventory.modules))
@@ -212,6 +215,7 @@ def draft_block(
     """Group the channels of a block's sites and price every group at every width."""
     linears: list[DraftLinear] = []
     information: dict[str, InformationSummary] = {}
+    check_weights(block.linears)
     for sites in in_passes(block.sites, hessian_bytes if activations else None):
         hessians = measure_hessians(block, sites, config) if activations else {}
         if activations and config.recipe.scarce_tokens is ScarceTokens.keep:

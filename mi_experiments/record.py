@@ -61,8 +61,8 @@ class LinearReport:
             16 bits a weight.
         plan_damping: share that was added to the dense model's Hessian, which groups and prices
             come from; None if that was not measured.
-        retries: how often memory was short while it was measured or compressed, and the work was
-            done again in smaller pieces.
+        retries: how often memory was short while its site was measured or it was compressed, and
+            the work was done again in smaller pieces; of sites measured together, the first counts.
     """
 
     block: int

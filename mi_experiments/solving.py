@@ -102,9 +102,10 @@ def factorize_site(measured: Measured, sparsity: Sparsity, config: Config) -> Si
     escalate = recipe.on_singular is OnSingular.escalate
     try:
         factor = factorize(hessian, damping=recipe.damping, order=order, escalate=escalate)
-    except SingularError:
+    except SingularError as error:
         if recipe.on_singular is not OnSingular.skip:
-            raise
+            line = "recipe.on_singular=skip leaves the linears that read it as they are"
+            raise SingularError(f"{error}; {line}") from error
         return replace(without, attempts=(recipe.damping,))
     return replace(without, factor=factor, attempts=factor.attempts)
 

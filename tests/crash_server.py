@@ -31,7 +31,7 @@ STEPS = ("mkdir", "fsync", "chmod", "replace", "rename", "unlink", "rmdir")
 """Everything in `os` that a commit is made of; between two of them the disk does not change."""
 
 WORK = {
-    "texts": "mi_experiments.experiment:evaluate_text",
+    "texts": "mi_experiments.phases:evaluate_text",
     "drafts": "mi_experiments.plan:draft_block",
     "linears": "mi_experiments.pipeline:compress_linear",
     "passes": "mi_experiments.llm.replay:Stream.advance",

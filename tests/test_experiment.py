@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
-from mi_experiments import experiment
+from mi_experiments import experiment, phases
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
@@ -96,7 +96,7 @@ def test_nothing_of_a_run_stays_alive(
 def test_a_failure_keeps_what_was_computed(
     config_of: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = experiment.compress_model
+    real = phases.compress_model
 
     def fail_at_the_fifth(*args: Any, **options: Any) -> Any:
         *given, on_linear = args
@@ -110,7 +110,7 @@ def test_a_failure_keeps_what_was_computed(
 
         return real(*given, counting, **options)
 
-    monkeypatch.setattr(experiment, "compress_model", fail_at_the_fifth)
+    monkeypatch.setattr(phases, "compress_model", fail_at_the_fifth)
     with pytest.raises(NumericalError):
         run(config_of(), tmp_path / "run")
     result = read_result(tmp_path / "run")

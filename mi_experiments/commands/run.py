@@ -27,7 +27,6 @@ from mi_experiments.composing import explain, from_hydra
 from mi_experiments.config import Config
 from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
-from mi_experiments.experiment import run_experiment
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import (
     INCIDENTAL,
@@ -40,7 +39,6 @@ from mi_experiments.record import RESULT, Result, read_result
 from mi_experiments.resume import Commits, StopRequest, read_manifest, refuse_changes
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import tidy
-from mi_experiments.tracking import Tracker
 
 RUN_ID = secrets.token_hex(2)
 STOP = StopRequest()
@@ -107,6 +105,10 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
     if config.dry_run:
         print_dry_run(dry_run(config), config, console)
         return None
+    # Not before: a dry run and a question for help need neither Weights & Biases nor texts.
+    from mi_experiments.experiment import run_experiment
+    from mi_experiments.tracking import Tracker
+
     STOP.check()
     run_dir.mkdir(parents=True, exist_ok=True)
     with claim(run_dir, config) as finished, log_file(run_dir):
@@ -114,13 +116,14 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
             tidy(Commits(run_dir, {}), config.export)
             line = f"{run_dir} is complete; remove it to run again"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-            print_result(finished, run_dir, sweep_dir, None, console)
+            print_result(finished, run_dir, sweep_dir, [], console)
             return next(iter(finished.compressed.values())).perplexity
         if read_manifest(run_dir) is None:
             save_composition(composed, run_dir)
         with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
             result = run_experiment(config, run_dir, tracker, Progress(), STOP)
-        print_result(result, run_dir, sweep_dir, tracker, console)
+        notes = [note for note in [tracker.fallback, *tracker.commands()] if note]
+        print_result(result, run_dir, sweep_dir, notes, console)
     return next(iter(result.compressed.values())).perplexity
 
 

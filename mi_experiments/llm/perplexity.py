@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.llm.blocks import held
+from mi_experiments.llm.calls import Form, answer
 from mi_experiments.llm.inventory import block_list
-from mi_experiments.llm.replay import Allocate, Form, Stream, answer, context_limit, open_stream
+from mi_experiments.llm.replay import Allocate, Stream, context_limit, open_stream
 from mi_experiments.llm.streaming import BlockWeights
 
 PROBE_TOKENS = 8

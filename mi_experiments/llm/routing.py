@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.calls import Stop, hooks
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.replay import Stop, hooks
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.watching import watch
 

@@ -21,13 +21,13 @@ from transformers import (
 )
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.calls import Form
 from mi_experiments.llm.perplexity import (
     measure_perplexity,
     measure_token_nll,
     plan_waves,
     summarize,
 )
-from mi_experiments.llm.replay import Form
 
 TOLERANCE = 1e-12  # relative, in float64: chunks and batches change only the order of sums
 VOCABULARY = 61

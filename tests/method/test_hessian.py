@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.errors import NumericalError
+from mi_experiments.errors import NumericalError, SingularError
 from mi_experiments.method.hessian import (
     HessianAccumulator,
     SweepOrder,
@@ -110,8 +110,16 @@ def test_non_finite_activations_are_refused_and_located(value):
 def test_overflow_of_the_squares_is_an_error():
     accumulator = HessianAccumulator(2)
     accumulator.update(torch.full((3, 2), 1e20))
-    with pytest.raises(NumericalError, match="overflow"):
+    accumulator.update(torch.tensor([[-3e20, 1.0]]))
+    with pytest.raises(NumericalError, match=r"overflow torch.float32: largest activation 3e\+20"):
         accumulator.finish()
+
+
+def test_messages_call_a_token_what_they_are_told():
+    accumulator = HessianAccumulator(1, name_token=lambda token: f"sample {token // 4}")
+    accumulator.update(torch.ones(6, 1))
+    with pytest.raises(NumericalError, match="the first at sample 2, channel 0"):
+        accumulator.update(torch.tensor([[1.0], [1.0], [float("nan")], [1.0]]))
 
 
 def test_wrong_width_is_refused():
@@ -175,6 +183,26 @@ def test_ladder_ends_at_one_and_fails_with_its_history():
         factorize(matrix, damping=0.03)
     with pytest.raises(NumericalError, match=r"damping 0.0, 0.0001, 0.001, 0.01, 0.1, 1.0:"):
         factorize(-torch.eye(3), damping=0.0)
+
+
+@pytest.mark.parametrize("kind", ["rank deficient", "semidefinite", "indefinite", "zero"])
+def test_without_escalation_the_first_failure_is_the_last(kind):
+    inputs = activations(4, 8)
+    duplicated = activations(50, 8)
+    duplicated[:, 5] = duplicated[:, 2]
+    hessian = {
+        "rank deficient": accumulate(inputs),
+        "semidefinite": accumulate(duplicated),
+        "indefinite": -torch.eye(8, dtype=DOUBLE),
+        "zero": accumulate(torch.zeros(5, 8, dtype=DOUBLE)),
+    }[kind]
+    message = (
+        "is zero" if kind == "zero" else r"positive definite at damping 0.0: smallest diagonal"
+    )
+    with pytest.raises(SingularError, match=message):
+        factorize(hessian, damping=0.0, escalate=False)
+    if kind in {"rank deficient", "semidefinite"}:
+        assert factorize(hessian, damping=1e-4, escalate=False).attempts == (1e-4,)
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mi_experiments.errors import NumericalError
 from mi_experiments.method.hessian import HessianAccumulator, factorize
 from mi_experiments.method.targets import DriftAccumulator, correct_target
 
@@ -76,3 +77,20 @@ def test_moments_do_not_depend_on_the_batches() -> None:
     assert moments.residual is not None
     assert again.residual is not None
     assert torch.allclose(moments.residual, again.residual, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+@pytest.mark.parametrize("where", ["input", "residual stream"])
+def test_a_dense_model_that_is_not_finite_is_refused(value: float, where: str) -> None:
+    moments = DriftAccumulator(COLUMNS, torch.device("cpu"))
+    dense, drift = torch.ones(5, COLUMNS), torch.ones(5, ROWS)
+    (dense if where == "input" else drift)[3, 1] = value
+    moments.update(torch.full((5, COLUMNS), 10.0), dense, drift)
+    with pytest.raises(NumericalError, match=f"the change of the {where} .* is not finite"):
+        moments.finish()
+
+
+def test_sums_in_float64_do_not_overflow_where_float32_would() -> None:
+    moments = DriftAccumulator(COLUMNS, torch.device("cpu"), torch.float64)
+    moments.update(torch.full((5, COLUMNS), 1e30), torch.full((5, COLUMNS), 2e30))
+    assert torch.allclose(moments.finish().inputs, torch.full((1,), 2e60, dtype=torch.float64))
