@@ -49,13 +49,12 @@ class StoredModel:
     commits: Commits
     config: Config
 
-    def restore(self, block: int) -> bool:
-        """Put a block that was finished earlier into the model; answer whether there was one."""
+    def find(self, block: int) -> bool:
+        """Say whether a block was finished earlier; if so, it is read from there from now on."""
         found = self.commits.find_all(*self._names(block))
         if found is None:
             return False
         self.weights.redirect(block, found[0])
-        self.weights.load(block)
         return True
 
     def store(self, block: CompressedBlock) -> None:

@@ -233,6 +233,9 @@ def count_work(counters: Counters, send: list[list[Any]], fail: list[Any] | None
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def count(*arguments: Any, **options: Any) -> Any:
+            if name == "passes" and arguments[0].hidden.is_meta:
+                # Of the plan for memory, which looks at shapes.
+                return function(*arguments, **options)
             number = counters.add(name)
             for signal_name in [s for n, at, s in send if (n, at) == (name, number)]:
                 os.kill(os.getpid(), getattr(signal, signal_name))

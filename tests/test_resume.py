@@ -175,6 +175,8 @@ def test_an_unbroken_run_does_all_the_work_once(place: Place) -> None:
     assert counts["linears"] == BLOCKS * LINEARS
     assert counts["drafts"] == BLOCKS
     assert counts["texts"] == 2 * TEXTS
+    # Of each text with both models; to plan; and of both models, to compress.
+    assert counts["passes"] == (2 * TEXTS + 1 + 2) * BLOCKS
     assert {name.split("/")[0] for name in place.reference} >= {"model", "grids"}
     assert not {name.split("/")[0] for name in place.reference} & set(REMOVED)
 
@@ -572,6 +574,23 @@ def test_a_damaged_part_is_set_aside_and_computed_again(
     assert word in ended.out
     if damaged is not None and part not in REMOVED:
         assert (run_dir / f"{name}.damaged").read_bytes() == damaged
+
+
+def test_an_early_block_is_computed_again_between_finished_ones(place: Place) -> None:
+    """With the same record as ever, in the order of the model."""
+    run_dir = place.fresh()
+    assert place.run(send=[["texts", TEXTS + 1, "SIGKILL"]]).code == -signal.SIGKILL
+    flip(run_dir / "model" / "model-00003-of-00004.safetensors")
+    ended = place.run()
+    assert (ended.code, ended.counts["linears"]) == (0, LINEARS)
+    assert artefacts(run_dir) == place.reference
+
+
+def test_no_block_is_replayed_when_all_are_finished(place: Place) -> None:
+    place.fresh()
+    assert place.run(send=[["texts", TEXTS + 2, "SIGKILL"]]).code == -signal.SIGKILL
+    ended = continue_to_the_end(place, "one text left")
+    assert ended.counts["passes"] == BLOCKS
 
 
 def test_a_damaged_draft_is_measured_again(place: Place) -> None:
