@@ -39,7 +39,7 @@ from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.plan import LinearPlan, plan_compression
 from mi_experiments.record import Bits
-from mi_experiments.solving import factorize_site, solve_linear
+from mi_experiments.solving import Measured, factorize_site, solve_linear
 from mi_experiments.verdict import check_budget, check_fallbacks
 
 RATIOS = [0.0, 0.25, 0.5, 0.99, 1.0]
@@ -402,7 +402,8 @@ def solve_here(
     widths = torch.full((columns,), bits, dtype=torch.uint8)
     linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one)
     sparsity = Sparsity(ratio)
-    statistics = factorize_site(measure(inputs), None, sparsity, config)
+    measured = Measured(measure(inputs), None, len(inputs))
+    statistics = factorize_site(measured, sparsity, config)
     solution = solve_linear(weight, statistics, linear_plan, sparsity, config)
     audit_linear(
         solution.swept,
