@@ -10,8 +10,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 run, requested = Path(sys.argv[1]), float(sys.argv[2])
-grids = load_file(run / "grids.safetensors")
-weights = {k: v for file in run.glob("model/*.safetensors") for k, v in load_file(file).items()}
+grids, weights = (
+    {k: v for file in run.glob(f"{part}/*.safetensors") for k, v in load_file(file).items()}
+    for part in ("grids", "model")
+)
+assert grids, f"{run} holds no grids: was it run with export=dense?"
 for name in sorted(key.removesuffix(".bits") for key in grids if key.endswith(".bits")):
     bits, group, of, scale, zero, pruned = (
         grids[f"{name}.{key}"]

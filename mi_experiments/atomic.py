@@ -3,10 +3,11 @@
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,12 +33,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors, as `write_atomically` does.
+    """Write tensors as safetensors, as `write_atomically` does; equal content is equal bytes.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        metadata: at most one entry: safetensors writes several in a different order every time.
 
     Raises:
+        ValueError: more metadata.
         ResumableError: the disk is full; what was there before is as it was.
         InputError: the disk refuses for another reason.
     """
+    if len(metadata) > 1:
+        raise ValueError(f"{path}: equal files need one entry of metadata, not {list(metadata)}")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     place(path, lambda temporary: save_file(dict(tensors), temporary, dict(metadata)), size)
 
@@ -46,7 +55,7 @@ def place(path: Path, write: Callable[[Path], object], size: int) -> None:
     """Let a file appear whole, or leave everything as it was.
 
     Args:
-        path: of the file; its folder is made where it does not exist.
+        path: of the file, in a folder that exists.
         write: writes it under the name that it is given.
         size: bytes that it will have, about.
 
@@ -54,29 +63,58 @@ def place(path: Path, write: Callable[[Path], object], size: int) -> None:
         ResumableError: the disk is full.
         InputError: the disk refuses for another reason.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_sibling(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < HEADROOM * size:
-            raise OSError(errno.ENOSPC, f"{free:,} bytes are free, {size:,} are to be written")
-        write(temporary)
-        temporary.chmod(0o644)
-        flush(temporary)
-        temporary.replace(path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None)
+        with disk_errors(path):
+            free = shutil.disk_usage(path.parent).free
+            if free < HEADROOM * size:
+                line = f"{free:,} bytes are free, {size:,} are to be written"
+                raise OSError(errno.ENOSPC, line)
+            write(temporary)
+            temporary.chmod(0o644)
+            flush(temporary)
+            temporary.replace(path)
+            flush(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say in one line which file the disk refused, and what to do.
+
+    Raises:
+        ResumableError: the disk is full.
+        InputError: the disk refuses for another reason.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Libraries written in Rust raise exceptions of their own, with the system's number.
+        found = re.search(r"os error (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if code is None and not isinstance(error, OSError | SafetensorError):
+            raise
         line = f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
-        if code in FULL or "os error 28" in str(error) or "os error 27" in str(error):
+        if code in FULL:
             raise ResumableError(
                 f"{line}; everything finished before is kept: make room, "
                 "then give the same command again"
             ) from error
         raise InputError(line) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Return a new name beside a file, for what becomes it when it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process that was killed has left half written, below a folder."""
+    for path in list(folder.rglob(".*.tmp")):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def flush(path: Path) -> None:

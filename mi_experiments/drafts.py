@@ -75,20 +75,20 @@ class Draft:
                 tensors[f"{index}.sizes"] = linear.prices.sizes
             rows.append([linear.name, linear.block, linear.site, linear.rows])
         information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
-        return tensors, {"linears": json.dumps(rows), "information": json.dumps(information)}
+        return tensors, {"draft": json.dumps({"linears": rows, "information": information})}
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Draft":
         """Return what `stored` gave."""
         linears = []
-        for index, (name, block, site, rows) in enumerate(json.loads(metadata["linears"])):
+        rest = json.loads(metadata["draft"])
+        for index, (name, block, site, rows) in enumerate(rest["linears"]):
             prices = None
             if f"{index}.costs" in tensors:
                 prices = GroupCosts(tensors[f"{index}.costs"], tensors[f"{index}.sizes"])
             group = tensors[f"{index}.channel_group"]
             linears.append(DraftLinear(name, block, site, rows, group, prices))
-        information = json.loads(metadata["information"])
-        return cls(linears, {s: InformationSummary(**item) for s, item in information.items()})
+        return cls(linears, {s: InformationSummary(**i) for s, i in rest["information"].items()})
 
 
 def draft_site(

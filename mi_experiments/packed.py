@@ -1,7 +1,7 @@
 """Write compressed linears in exactly the bits that `effective_bits` counts, and read them back.
 
 `packed/BLOCK.safetensors` holds five byte streams a linear (`NAME.codes`, `.scales`,
-`.zero_points`, `.pattern`, `.group_index`) and, in its header, each linear's `Layout`. It is the
+`.zero_points`, `.pattern`, `.group_index`) and, in its header, the `Layout` of each. It is the
 proof of the accounting and the compact form for storage; no runtime of this project computes on it.
 """
 
@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,7 +35,7 @@ def pack_linears(
         symmetric: whether zero points follow from the widths and are not stored.
     """
     streams: dict[str, Tensor] = {}
-    layouts: dict[str, str] = {}
+    layouts: dict[str, dict[str, Any]] = {}
     for compressed in linears:
         name, grids = compressed.report.name, compressed.grids
         weight = compressed.linear.read_weight().cpu()
@@ -48,17 +49,15 @@ def pack_linears(
         layout = find_layout(grid, grids["pruned"], compressed.sparsity, group, symmetric=symmetric)
         packed = pack(weight, codes, grids["pruned"], grid, group, layout)
         streams |= {f"{name}.{stream}": content for stream, content in packed.items()}
-        layouts[name] = json.dumps(
-            dataclasses.asdict(layout) | {"dtype": str(layout.dtype).removeprefix("torch.")}
-        )
-    return streams, layouts
+        dtype = str(layout.dtype).removeprefix("torch.")
+        layouts[name] = dataclasses.asdict(layout) | {"dtype": dtype}
+    return streams, {"layouts": json.dumps(layouts)}
 
 
 def read_packed(path: Path) -> Iterator[tuple[str, Float[Tensor, "rows columns"]]]:
     """Yield name and weights of every linear of a file in `packed/`."""
     with safe_open(path, "pt") as file:
-        for name, header in (file.metadata() or {}).items():
-            fields = json.loads(header)
+        for name, fields in json.loads(file.metadata()["layouts"]).items():
             sparsity = Sparsity(**fields.pop("sparsity"))
             dtype = DTYPES[fields.pop("dtype")]
             layout = Layout(**fields, sparsity=sparsity, dtype=dtype)

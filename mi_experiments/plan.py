@@ -87,29 +87,26 @@ class Plan:
             tensors[f"{name}.scale_group"] = linear.scale_group.clone()
         linears = {n: [p.block, p.site, p.rows, p.columns] for n, p in self.linears.items()}
         information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
-        return tensors, {
-            "requested": repr(self.requested),
-            "sparsity": json.dumps(dataclasses.asdict(self.sparsity)),
-            "linears": json.dumps(linears),
-            "information": json.dumps(information),
+        rest = {
+            "requested": self.requested,
+            "sparsity": dataclasses.asdict(self.sparsity),
+            "linears": linears,
+            "information": information,
         }
+        return tensors, {"plan": json.dumps(rest)}
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Plan":
         """Return what `stored` gave."""
         linears = {}
-        for name, (block, site, rows, columns) in json.loads(metadata["linears"]).items():
+        rest = json.loads(metadata["plan"])
+        for name, (block, site, rows, columns) in rest["linears"].items():
             group, bits, scale_group = (
                 tensors[f"{name}.{key}"] for key in ("channel_group", "bits", "scale_group")
             )
             linears[name] = LinearPlan(block, site, rows, columns, group, bits, scale_group)
-        information = json.loads(metadata["information"])
-        return cls(
-            linears,
-            {site: InformationSummary(**item) for site, item in information.items()},
-            Sparsity(**json.loads(metadata["sparsity"])),
-            float(metadata["requested"]),
-        )
+        information = {s: InformationSummary(**i) for s, i in rest["information"].items()}
+        return cls(linears, information, Sparsity(**rest["sparsity"]), rest["requested"])
 
     def fingerprint(self) -> str:
         """SHA-256 of all groups and widths."""

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from mi_experiments.llm.loading import ModelSource, content_hash
 from mi_experiments.llm.windows import token_hash
 from mi_experiments.record import Provenance
 from mi_experiments.scrubbing import scrub
-from mi_experiments.texts import EvaluationText
 
 NUMERICS_VERSION = 2
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
@@ -74,16 +73,25 @@ def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, A
     }
 
 
-def fingerprint(
-    config: Config, provenance: Provenance, texts: Sequence[EvaluationText]
-) -> dict[str, Any]:
-    """Return everything that the numbers of a run depend on, for its manifest."""
-    asked = without_incidental(to_plain(config))
+def asked_config(config: Config) -> dict[str, Any]:
+    """Return what was asked, as far as it can move a number, without secrets."""
+    asked: dict[str, Any] = scrub(without_incidental(to_plain(config)))
+    return asked
+
+
+def fingerprint(config: Config, provenance: Provenance, texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything that the numbers of a run depend on, for its manifest.
+
+    Args:
+        config: of the run.
+        provenance: of the run.
+        texts: content hash of each evaluation text, by name.
+    """
     return {
-        "config": scrub(asked),
+        "config": asked_config(config),
         "model_files": provenance.model_files,
         "calibration": provenance.calibration_sha256,
-        "evaluation": {text.name: text.sha256 for text in texts},
+        "evaluation": dict(texts),
         "numerics_version": provenance.numerics_version,
         "versions": {name: provenance.versions[name] for name in ("torch", "transformers")},
         "device": provenance.device,

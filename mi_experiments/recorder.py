@@ -14,6 +14,7 @@ import torch
 from mi_experiments.composing import to_plain
 from mi_experiments.config import Config
 from mi_experiments.record import LinearReport, Result, read_result, write_linears, write_result
+from mi_experiments.resume import read_manifest
 from mi_experiments.scrubbing import scrub
 from mi_experiments.shortage import Retries, count_retries, shortage_in
 
@@ -21,10 +22,15 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """The result so far, on disk after every phase, so that nothing computed is ever lost."""
+    """The result so far, on disk after every phase, so that nothing computed is ever lost.
+
+    A record that is already there is left alone until `open` says that this run continues it.
+    """
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self.opened = read_manifest(run_dir) is None
+        self.written = 0
         self.linears: list[LinearReport] = []
         self.retries = Retries()
         self.earlier_retries = 0
@@ -49,14 +55,21 @@ class Recorder:
             self.result = replace(self.result, seconds=earlier.seconds, resumed=earlier.resumed + 1)
             self.earlier_retries = earlier.retries
 
+    def open(self) -> None:
+        """Write the result from now on."""
+        self.opened = True
+
     def update(self, **changes: Any) -> None:
         """Change fields of the result and write it."""
         retries = self.earlier_retries + self.retries.count
         changes |= {"memory": peak_memory(), "retries": retries}
         self.result = replace(self.result, **changes)
+        if not self.opened:
+            return
         write_result(self.result, self.run_dir)
-        if self.linears:
+        if len(self.linears) > self.written:
             write_linears(self.linears, self.run_dir)
+            self.written = len(self.linears)
 
     @contextmanager
     def count_retries(self) -> Iterator[None]:

@@ -18,7 +18,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from mi_experiments.atomic import file_hash, save_atomically, write_atomically
+from mi_experiments.atomic import (
+    disk_errors,
+    file_hash,
+    remove_temporaries,
+    save_atomically,
+    write_atomically,
+)
 from mi_experiments.errors import InputError, ResumableError
 
 log = logging.getLogger(__name__)
@@ -45,13 +51,13 @@ class Commits:
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self.files: dict[str, dict[str, Any]] = {}
         begun = read_manifest(run_dir)
+        if begun is not None:
+            refuse_changes(run_dir, begun["fingerprint"], self.fingerprint)
+            self.fingerprint = begun["fingerprint"]
+            self.files = begun["files"]
+        remove_temporaries(run_dir)
         if begun is None:
             self._write_manifest()
-            return
-        known = begun["fingerprint"]
-        self._refuse({key: known.get(key) for key in self.fingerprint}, self.fingerprint)
-        self.fingerprint = known
-        self.files = begun["files"]
 
     def bind(self, key: str, value: Any) -> None:
         """Add what is known only now to the fingerprint.
@@ -60,7 +66,7 @@ class Commits:
             InputError: the run was begun with another value.
         """
         if key in self.fingerprint:
-            self._refuse({key: self.fingerprint[key]}, {key: value})
+            refuse_changes(self.run_dir, self.fingerprint, {key: value})
         else:
             self.fingerprint[key] = value
             self._write_manifest()
@@ -74,19 +80,34 @@ class Commits:
         Raises:
             ResumableError: the disk is full; earlier commits are as they were.
         """
+        self.place(files)
+        self.adopt(*files)
+
+    def place(self, files: Mapping[str, Content]) -> None:
+        """Let files appear that do not count yet; `adopt` ends what this begins.
+
+        Args:
+            files: by path below the run directory.
+
+        Raises:
+            ResumableError: the disk is full; earlier commits are as they were.
+        """
         for name, content in files.items():
+            with disk_errors(self.run_dir / name):
+                (self.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
                 write_atomically(self.run_dir / name, content)
             else:
                 save_atomically(self.run_dir / name, *content)
-        self.adopt(*files)
 
     def adopt(self, *names: str) -> None:
         """Let files that are already there count."""
+        before = dict(self.files)
         for name in names:
             path = self.run_dir / name
             self.files[name] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
-        self._write_manifest()
+        if self.files != before:
+            self._write_manifest()
 
     def find(self, name: str) -> Path | None:
         """Return a committed file after checking its content, or None if there is none.
@@ -130,10 +151,10 @@ class Commits:
 
     def discard(self, *folders: str) -> None:
         """Forget and remove folders that served only to continue the run."""
-        self.files = {
-            name: entry for name, entry in self.files.items() if name.split("/")[0] not in folders
-        }
-        self._write_manifest()
+        kept = {n: entry for n, entry in self.files.items() if n.split("/")[0] not in folders}
+        if kept != self.files:
+            self.files = kept
+            self._write_manifest()
         for folder in folders:
             for path in sorted((self.run_dir / folder).rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -144,13 +165,24 @@ class Commits:
         content = {"fingerprint": self.fingerprint, "files": dict(sorted(self.files.items()))}
         write_atomically(self.run_dir / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
-    def _refuse(self, begun: Any, now: Any) -> None:
-        if changes := list(differences(begun, now)):
-            shown = "; ".join(changes[:5]) + ("; …" if len(changes) > 5 else "")
-            raise InputError(
-                f"{self.run_dir} was begun with something else: {shown}. Choose another directory "
-                "(hydra.run.dir=DIR), or remove this one"
-            )
+
+def refuse_changes(run_dir: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Require that a run goes on as it was begun.
+
+    Args:
+        run_dir: of the run.
+        begun: everything that its numbers depend on.
+        now: what is known of that now.
+
+    Raises:
+        InputError: something differs; the line shows it.
+    """
+    if changes := list(differences({key: begun.get(key) for key in now}, dict(now))):
+        shown = "; ".join(changes[:5]) + ("; …" if len(changes) > 5 else "")
+        raise InputError(
+            f"{run_dir} was begun with something else: {shown}. Choose another directory "
+            "(hydra.run.dir=DIR), or remove this one"
+        )
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any] | None:
@@ -195,6 +227,7 @@ class StopRequest:
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Take SIGTERM and SIGUSR1, which schedulers send, as that; a second one ends all."""
+        self.received = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -203,9 +236,8 @@ class StopRequest:
             self.received = signal.Signals(number).name
             signal.signal(number, previous[number])
 
-        previous: dict[int, Any] = {}
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            previous[number] = signal.signal(number, note)
+        signals = (signal.SIGTERM, signal.SIGUSR1)
+        previous: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
         try:
             yield
         finally:

@@ -8,13 +8,15 @@ with the rest of the model beside them. What is stored is what is evaluated.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mi_experiments.atomic import disk_errors, temporary_sibling
 from mi_experiments.config import Config, Export
-from mi_experiments.errors import AuditError
+from mi_experiments.errors import AuditError, ResumableError
 from mi_experiments.llm.export import grid_tensors, write_settings
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.packed import pack_linears
@@ -55,7 +57,7 @@ class StoredModel:
         """Write a block that the model holds, and let the model go on with what was written.
 
         Raises:
-            AuditError: what is read back is not what was written.
+            AuditError: what is read back is not what was written; then the block does not count.
             ResumableError: the disk is full.
         """
         names = self._names(block.index)
@@ -71,8 +73,9 @@ class StoredModel:
             files[names[2]] = grid_tensors(grids), {}
         if self.config.export is Export.packed:
             files[names[2]] = pack_linears(changed, symmetric=self.config.wbits.symmetric)
-        self.commits.commit(files)
+        self.commits.place(files)
         self._read_back(block.index, names[0])
+        self.commits.adopt(*files)
 
     def reports(self, block: int) -> list[LinearReport]:
         """Return the reports of a finished block."""
@@ -83,24 +86,29 @@ class StoredModel:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
 
         Raises:
-            ResumableError: the disk is full.
+            ResumableError: the disk is full, or a block was damaged since it was written.
         """
-        count = len(self.weights.blocks)
-        rest = self._file(0)
-        self.commits.commit({rest: (self.weights.stored_rest(), {"format": "pt"})})
+        rest = self.weights.stored_rest()
+        self.commits.commit({self._file(0): (rest, {"format": "pt"})})
         places: dict[str, str] = {}
         total = 0
-        for index in range(count + 1):
+        for index in range(len(self.weights.blocks) + 1):
             name = self._file(index)
-            tensors, _ = self.commits.read_tensors(name) or ({}, {})
-            places |= dict.fromkeys(tensors, Path(name).name)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            found = self.commits.read_tensors(name)
+            if found is None:
+                raise ResumableError(
+                    f"{name} was damaged after it was evaluated: give the same command again to "
+                    "compute it once more"
+                )
+            places |= dict.fromkeys(found[0], Path(name).name)
+            total += sum(tensor.numel() * tensor.element_size() for tensor in found[0].values())
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        write_settings(self.weights.model, tokenizer, self.commits.run_dir / MODEL)
+        settings = read_settings(self.weights.model, tokenizer, self.commits.run_dir)
         self.commits.commit({
+            **{f"{MODEL}/{name}": content for name, content in settings.items()},
             f"{MODEL}/model.safetensors.index.json": (
                 json.dumps(index_file, indent=2) + "\n"
-            ).encode()
+            ).encode(),
         })
 
     def _names(self, block: int) -> list[str]:
@@ -122,6 +130,31 @@ class StoredModel:
         for key, tensor in module.state_dict().items():
             if not same_bits(tensor, before[key]):
                 raise AuditError(f"{name}: {key} on disk differs from what was compressed")
+
+
+def read_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: Path
+) -> dict[str, bytes]:
+    """Let transformers write the settings of a model in a folder of their own, and read them.
+
+    Raises:
+        ResumableError: the disk is full.
+    """
+    folder = temporary_sibling(run_dir / MODEL)
+    try:
+        with disk_errors(run_dir / MODEL):
+            folder.mkdir()
+            write_settings(model, tokenizer, folder)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    finally:
+        rmtree(folder, ignore_errors=True)
+
+
+def tidy(commits: Commits, export: Export) -> None:
+    """Remove what only served to continue the run, and the compressed model if nobody wants it."""
+    kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[export]
+    commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
 
 
 def same_bits(tensor: Tensor, other: Tensor) -> bool:

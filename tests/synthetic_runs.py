@@ -81,6 +81,7 @@ def make_run(
         coverage=1.0,
         memory={"host": 2_000_000_000, "accelerator": 3_000_000_000},
         seconds={"load": 0.5, "compress": 1.25},
+        resumed=0,
     )  # fmt: skip
     run_dir.mkdir(parents=True)
     write_result(result, run_dir)
@@ -94,7 +95,7 @@ def make_broken_run(run_dir: Path, status: str, error: str | None, **changes: An
         Result(
             status=status, error=error, config=make_config(**changes), provenance=None, dense={},
             compressed={}, bits=None, sparsity=None, weights=None, coverage=None, memory={},
-            seconds={},
+            seconds={}, resumed=0,
         ),
         run_dir,
     )  # fmt: skip

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from mi_experiments import experiment
+from mi_experiments import experiment, phases
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
@@ -48,6 +47,12 @@ def config_of(tiny_directory: Path, tmp_path: Path) -> Callable[..., Config]:
     return build
 
 
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all tensors of the files in a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def run(config: Config, directory: Path) -> Result:
     directory.mkdir()
     tracker = Tracker.open(config, directory, sweep_dir=None, job=directory.name)
@@ -67,14 +72,14 @@ def test_nothing_of_a_run_stays_alive(
 ) -> None:
     """The next run of a sweep must find the memory of this one free, and no autograd graph."""
     models: list[weakref.ref[Any]] = []
-    load = experiment.load_model
+    open_model = experiment.open_model
 
     def remember(*args: Any, **kwargs: Any) -> Any:
-        model, tokenizer = load(*args, **kwargs)
-        models.append(weakref.ref(model))
-        return model, tokenizer
+        opened = open_model(*args, **kwargs)
+        models.append(weakref.ref(opened.model))
+        return opened
 
-    monkeypatch.setattr(experiment, "load_model", remember)
+    monkeypatch.setattr(experiment, "open_model", remember)
     gc.collect()
     before = {id(item) for item in gc.get_objects() if issubclass(type(item), torch.Tensor)}
     run(config_of(), tmp_path / "run")
@@ -91,9 +96,9 @@ def test_nothing_of_a_run_stays_alive(
 def test_a_failure_keeps_what_was_computed(
     config_of: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = experiment.compress_model
+    real = phases.compress_model
 
-    def fail_at_the_fifth(*args: Any) -> Any:
+    def fail_at_the_fifth(*args: Any, **options: Any) -> Any:
         *given, on_linear = args
         reports: list[Any] = []
 
@@ -103,9 +108,9 @@ def test_a_failure_keeps_what_was_computed(
             if len(reports) == 5:
                 raise NumericalError("block 0, mlp.gate_proj: no valid factor")
 
-        return real(*given, counting)
+        return real(*given, counting, **options)
 
-    monkeypatch.setattr(experiment, "compress_model", fail_at_the_fifth)
+    monkeypatch.setattr(phases, "compress_model", fail_at_the_fifth)
     with pytest.raises(NumericalError):
         run(config_of(), tmp_path / "run")
     result = read_result(tmp_path / "run")
@@ -141,18 +146,20 @@ def test_the_packed_file_has_the_effective_bits_and_the_same_weights(
     result = run(config_of(*choice, "export=packed", "model.dtype=float32"), tmp_path / "packed")
     assert result.bits == dense.bits
     assert result.bits is not None
-    path = tmp_path / "packed" / "packed.safetensors"
-    with safe_open(path, "pt") as file:
-        packed = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    files = sorted((tmp_path / "packed" / "packed").iterdir())
+    assert [path.name for path in files] == ["00000.safetensors", "00001.safetensors"]
+    packed = sum(stream.numel() for path in files for stream in load_file(path).values())
     counted = {
         linear.name: linear.effective_bits * linear.weights
         for linear in read_linears(tmp_path / "packed")
     }
     # Each of the five streams of a linear ends with a partly filled byte.
     assert 0 <= packed * 8 - sum(counted.values()) < 5 * 8 * len(counted)
-    weights = load_file(tmp_path / "dense" / "model" / "model.safetensors")
-    quantized = load_file(tmp_path / "dense" / "grids.safetensors")
-    for name, weight in read_packed(path):
+    assert not (tmp_path / "packed" / "model").exists()
+    weights, quantized = (load_all(tmp_path / "dense" / part) for part in ("model", "grids"))
+    unpacked = [linear for path in files for linear in read_packed(path)]
+    assert [name for name, _ in unpacked] == list(counted)
+    for name, weight in unpacked:
         at = quantized[f"{name}.bits"] < 16
         assert torch.equal(weight[:, at], weights[f"{name}.weight"][:, at])
         halves = weights[f"{name}.weight"][:, ~at].half().float()

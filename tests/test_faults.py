@@ -402,8 +402,8 @@ def solve_here(
     widths = torch.full((columns,), bits, dtype=torch.uint8)
     linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one)
     sparsity = Sparsity(ratio)
-    measured = Measured(measure(inputs), None, len(inputs))
-    statistics = factorize_site(measured, sparsity, config)
+    hessian = measure(inputs)
+    statistics = factorize_site(Measured(hessian, None, hessian.tokens), sparsity, config)
     solution = solve_linear(weight, statistics, linear_plan, sparsity, config)
     audit_linear(
         solution.swept,

@@ -13,7 +13,7 @@ from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
 from mi_experiments.pipeline import CompressedLinear, compress_model
-from mi_experiments.plan import plan_compression
+from mi_experiments.plan import Plan, plan_compression
 
 ARCHITECTURES = ["llama", "qwen3", "opt", "gemma3", "gpt2", "gpt_neox"]
 
@@ -26,13 +26,16 @@ def config_of(*overrides: str) -> Config:
 
 def compressed(model: Any, tokens: torch.Tensor, *overrides: str) -> list[CompressedLinear]:
     config = config_of(*overrides)
-    return list_linears(model, tokens, plan_compression(model, tokens, config), config)
+    return compress_all(model, tokens, plan_compression(model, tokens, config), config)
 
 
-def list_linears(
-    model: Any, tokens: torch.Tensor, made: plan.Plan, config: Config
+def compress_all(
+    model: Any, tokens: torch.Tensor, made: Plan, config: Config
 ) -> list[CompressedLinear]:
-    return [linear for b in compress_model(model, tokens, made, config) for linear in b.linears]
+    """Return the linears of all blocks, whose weights stay in the model."""
+    blocks = list(compress_model(model, tokens, made, config))
+    assert [block.index for block in blocks] == list(range(len(blocks)))
+    return [linear for block in blocks for linear in block.linears]
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def test_true_sequential_linears_read_what_compressed_ones_give(
     made = plan_compression(model, tokens, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure_hessians", spy)
-        list_linears(model, tokens, made, config)
+        compress_all(model, tokens, made, config)
     last = "model.layers.1.mlp.down_proj"
     read: list[torch.Tensor] = []
     handle = model.get_submodule(last).register_forward_pre_hook(
@@ -129,7 +132,7 @@ def test_mixed_widths_are_those_of_the_plan(
     model = tiny_model("llama")
     config = config_of("wbits.average=3.5", "wbits.scope=model", "wbits.cost=relative")
     made = plan_compression(model, tokens, config)
-    for linear in list_linears(model, tokens, made, config):
+    for linear in compress_all(model, tokens, made, config):
         assert torch.equal(linear.grids["bits"], made.linears[linear.report.name].bits)
 
 

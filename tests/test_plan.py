@@ -1,18 +1,23 @@
 """Prices are the errors of grids really fitted, and a saved plan holds every decision."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
+from mi_experiments.atomic import save_atomically
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
+from mi_experiments.drafts import Draft, price_groups
+from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
-from mi_experiments.plan import price_groups
+from mi_experiments.plan import Plan, draft_block, plan_compression
 
 ROWS, COLUMNS, GROUPS = 6, 12, 3
 
@@ -67,23 +72,59 @@ def test_prices_are_those_of_a_plain_loop(
     assert prices.sizes.tolist() == [4 * ROWS] * GROUPS
 
 
-def test_a_saved_plan_holds_groups_and_widths(tmp_path: Path, tiny_model, tiny_tokens) -> None:
-    from mi_experiments.plan import plan_compression
-
+def test_a_stored_plan_holds_groups_and_widths(tmp_path: Path, tiny_model, tiny_tokens) -> None:
     config = config_of("n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2")
     made = plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
-    made.save(tmp_path / "plan.safetensors")
+    save_atomically(tmp_path / "plan.safetensors", *made.stored())
     saved = load_file(tmp_path / "plan.safetensors")
-    assert len(saved) == 2 * len(made.linears)
+    assert len(saved) == 3 * len(made.linears)
     for name, linear in made.linears.items():
         assert torch.equal(saved[f"{name}.bits"], linear.bits)
         assert torch.equal(saved[f"{name}.channel_group"], linear.channel_group)
+        assert torch.equal(saved[f"{name}.scale_group"], linear.scale_group)
+
+
+def same(left: Any, right: Any) -> bool:
+    """Compare values field by field, tensors bit by bit, floats exactly."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if dataclasses.is_dataclass(left):
+        return type(left) is type(right) and same(vars(left), vars(right))
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right and type(left) is type(right)
+
+
+@pytest.mark.parametrize("grouping", ["mutual_information", "contiguous"])
+@pytest.mark.parametrize("allocation", ["mixed", "uniform"])
+def test_a_plan_is_read_back_as_the_value_it_was(
+    grouping: str, allocation: str, tiny_model, tiny_tokens
+) -> None:
+    config = config_of(
+        f"n_groups={grouping}", f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1",
+        "dataset.batch_size=2",
+    )  # fmt: skip
+    made = plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    again = Plan.read(*made.stored())
+    assert same(again, made)
+    assert again.fingerprint() == made.fingerprint()
+
+
+@pytest.mark.parametrize("allocation", ["mixed", "uniform"])
+def test_a_draft_is_read_back_as_the_value_it_was(allocation: str, tiny_model, tiny_tokens) -> None:
+    config = config_of(
+        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"
+    )
+    walk = walk_blocks(tiny_model("llama"), tiny_tokens(4, 16), batch_size=2)
+    for block in walk:
+        draft = draft_block(block, {}, True, config)
+        assert same(Draft.read(*draft.stored()), draft)
 
 
 def test_fisher_costs_weigh_linears_against_each_other(tiny_model, tiny_tokens) -> None:
     """Linears that the loss does not feel must give their bits to those that it feels."""
-    from mi_experiments.plan import plan_compression
-
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.o_proj").weight.zero_()

@@ -57,6 +57,7 @@ RESULT = Result(
     status="completed", error=None, config={"seed": 0}, provenance=PROVENANCE,
     dense={"text": EVALUATION}, compressed={"text": EVALUATION}, bits=Bits(4.0, 3.99, 3.2),
     sparsity=0.5, weights=384, coverage=1.0, memory={"host": 1}, seconds={"load": 0.5},
+    resumed=2,
 )  # fmt: skip
 
 

@@ -127,6 +127,7 @@ def result(config: Config, status: str = "completed", error: str | None = None) 
         coverage=1.0,
         memory={},
         seconds={"load": 0.1, "evaluate dense": 0.30000000000000004},
+        resumed=0,
     )
 
 

@@ -24,22 +24,25 @@ from transformers.utils.logging import disable_progress_bar
 from mi_experiments.atomic import write_atomically
 from mi_experiments.commands.tables import print_dry_run, print_result
 from mi_experiments.composing import explain, from_hydra
+from mi_experiments.config import Config
 from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
-from mi_experiments.experiment import run_experiment
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import (
     INCIDENTAL,
     NUMERICS_VERSION,
+    asked_config,
     scrub_argument,
     without_incidental,
 )
 from mi_experiments.record import RESULT, Result, read_result
-from mi_experiments.resume import StopRequest
+from mi_experiments.resume import Commits, StopRequest, read_manifest, refuse_changes
 from mi_experiments.scrubbing import scrub
-from mi_experiments.tracking import Tracker
+from mi_experiments.stored_model import tidy
 
 RUN_ID = secrets.token_hex(2)
+STOP = StopRequest()
+"""Asked of the process, and so of every job of a sweep."""
 log = logging.getLogger("mi_experiments")
 
 
@@ -57,7 +60,8 @@ def main() -> None:
     OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
     try:
-        compose()
+        with STOP.listen():
+            compose()
     except MiError as error:
         fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
@@ -101,17 +105,25 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
     if config.dry_run:
         print_dry_run(dry_run(config), config, console)
         return None
+    # Not before: a dry run and a question for help need neither Weights & Biases nor texts.
+    from mi_experiments.experiment import run_experiment
+    from mi_experiments.tracking import Tracker
+
+    STOP.check()
     run_dir.mkdir(parents=True, exist_ok=True)
-    stop = StopRequest()
-    with claim(run_dir) as finished, log_file(run_dir), stop.listen():
+    with claim(run_dir, config) as finished, log_file(run_dir):
         if finished is not None:
-            console.print(f"{run_dir} is complete; remove it to run again", highlight=False)
-            print_result(finished, run_dir, sweep_dir, None, console)
+            tidy(Commits(run_dir, {}), config.export)
+            line = f"{run_dir} is complete; remove it to run again"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            print_result(finished, run_dir, sweep_dir, [], console)
             return next(iter(finished.compressed.values())).perplexity
-        save_composition(composed, run_dir)
+        if read_manifest(run_dir) is None:
+            save_composition(composed, run_dir)
         with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
-            result = run_experiment(config, run_dir, tracker, Progress(), stop)
-        print_result(result, run_dir, sweep_dir, tracker, console)
+            result = run_experiment(config, run_dir, tracker, Progress(), STOP)
+        notes = [note for note in [tracker.fallback, *tracker.commands()] if note]
+        print_result(result, run_dir, sweep_dir, notes, console)
     return next(iter(result.compressed.values())).perplexity
 
 
@@ -132,7 +144,8 @@ def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]
         key, _, _ = override.lstrip("+~").partition("=")
         if key == "resume":
             continue
-        if key in config and OmegaConf.is_dict(config[key]) and key not in INCIDENTAL:
+        value = "." in key or (key in config and not OmegaConf.is_dict(config[key]))
+        if not value and key not in INCIDENTAL:
             raise InputError(f"resume={run_dir} goes on with the run's own {key}: leave it out")
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
     config.resume = None
@@ -173,11 +186,11 @@ def log_file(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claim(run_dir: Path) -> Iterator[Result | None]:
+def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
     """Hold the run directory alone; yields the result of a run that is complete.
 
     Raises:
-        InputError: another process holds it, or it holds something that is no run of this kind.
+        InputError: another process holds it, or it holds another run.
     """
     with (run_dir / "run.lock").open("a") as lock:
         try:
@@ -194,6 +207,11 @@ def claim(run_dir: Path) -> Iterator[Result | None]:
                     "choose another directory (hydra.run.dir=DIR)"
                 ) from error
             finished = result if result.status == "completed" else None
+        begun = read_manifest(run_dir)
+        if begun is not None:
+            refuse_changes(run_dir, begun["fingerprint"]["config"], asked_config(config))
+        elif finished is not None:
+            refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
         yield finished
 
 

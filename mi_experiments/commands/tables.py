@@ -1,7 +1,7 @@
 """What a person reads in the terminal."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,14 +11,13 @@ from mi_experiments.config import Config
 from mi_experiments.dry_run import Outline
 from mi_experiments.memory_plan import MemoryPlan, show
 from mi_experiments.record import LINEARS, RESULT, Evaluation, Result
-from mi_experiments.tracking import Tracker
 
 
 def print_result(
     result: Result,
     run_dir: Path,
     sweep_dir: Path | None,
-    tracker: Tracker | None,
+    notes: Sequence[str],
     console: Console,
 ) -> None:
     """Print what a run gave: perplexities, bits, sparsity, time, and where the records lie."""
@@ -27,8 +26,7 @@ def print_result(
     lines = [("records", str(run_dir)), ("", f"{RESULT}  {LINEARS}  run.log  .hydra/")]
     if sweep_dir is not None:
         lines.append(("compare", f"mi-compare {sweep_dir}"))
-    if tracker is not None:
-        lines += [("W&B", line) for line in [tracker.fallback, *tracker.commands()] if line]
+    lines += [("W&B", note) for note in notes]
     for title, line in lines:
         console.print(f"{title:<8} {line}", soft_wrap=True, highlight=False, markup=False)
 

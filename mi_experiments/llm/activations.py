@@ -45,7 +45,7 @@ def allocator(place: Place, device: torch.device, directory: Path) -> Allocate:
 def _map_file(directory: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return a tensor whose memory is a file, so that the system can write it out and forget it."""
     count = math.prod(shape)
-    path = directory / f".activations-{secrets.token_hex(4)}"
+    path = directory / f".activations.{secrets.token_hex(4)}.tmp"
     try:
         tensor = torch.from_file(str(path), shared=True, size=count, dtype=dtype)
     except RuntimeError as error:

@@ -164,7 +164,7 @@ class BlockWeights:
         model = self.model
         self._read(None)
         # Rotary frequencies and other buffers that are not stored: by the model's own rules.
-        model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)
+        model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]
         model._initialize_missing_keys(False)
         model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
         model.requires_grad_(False)
@@ -181,7 +181,7 @@ def _convert(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.d
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model, None, None),
+        weight_mapping=get_model_conversion_mapping(model, None, None),  # type: ignore[arg-type]
     )
     report, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     return report

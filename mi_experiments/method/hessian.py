@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -213,7 +214,12 @@ class Factor:
         return self._by_channel(self.upper.square().sum(1))
 
     def inverse_diagonal(self) -> Float[Tensor, "columns"]:
-        """Return diag H′⁻¹ by channel: squared column norms of R⁻¹, a panel at a time."""
+        """Return diag H′⁻¹ by channel, computed once: callers must not change it."""
+        return self._inverse_diagonal
+
+    @cached_property
+    def _inverse_diagonal(self) -> Float[Tensor, "columns"]:
+        """Squared column norms of R⁻¹, a panel at a time."""
         columns = len(self.order)
         norms = torch.empty_like(self.upper[0])
         for start in range(0, columns, _SOLVE_PANEL):

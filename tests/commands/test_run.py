@@ -2,16 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mi_experiments import pipeline
 from mi_experiments.commands.run import main
 from mi_experiments.record import read_linears, read_result
 
@@ -104,8 +106,15 @@ def test_a_run_leaves_its_records(mi_run: Callable[..., Ended], local: list[str]
     assert str(directory.absolute()) in ended.out
 
 
+def load_all(folder: Path) -> dict[str, np.ndarray]:
+    """Read all tensors of the files in a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
 def test_two_runs_are_identical(mi_run: Callable[..., Ended], local: list[str]) -> None:
-    assert mi_run(*local).code == mi_run(*local).code == 0
+    for directory in ("outputs/a", "outputs/b"):
+        assert mi_run(*local, f"hydra.run.dir={directory}").code == 0
     first, second = map(read_result, run_directories(Path("outputs")))
     assert first.dense == second.dense
     assert first.compressed == second.compressed
@@ -124,7 +133,11 @@ def test_one_file_for_both_is_split(
     assert mi_run(*local, "sparsity=dense", "wbits=unquantized").code == 0
     separate = [*local, f"evaluation.datasets.text.path={other}"]
     assert mi_run(*separate, "sparsity=dense", "wbits=unquantized").code == 0
-    shared, whole = map(read_result, run_directories(Path("outputs")))
+    by_text = {
+        result.config["evaluation"]["datasets"]["text"]["path"]: result
+        for result in map(read_result, run_directories(Path("outputs")))
+    }
+    shared, whole = by_text[str(text)], by_text[str(other)]
     assert shared.provenance is not None
     assert whole.provenance is not None
     assert shared.provenance.calibration_sha256 != whole.provenance.calibration_sha256
@@ -140,7 +153,7 @@ def test_nothing_asked_changes_nothing(
     result = read_result(directory)
     assert result.compressed == result.dense
     before = load_file(tiny_directory / "model.safetensors")
-    after = load_file(directory / "model" / "model.safetensors")
+    after = load_all(directory / "model")
     assert before.keys() == after.keys()
     assert all((before[name] == after[name]).all() for name in before)
 
@@ -164,8 +177,7 @@ def test_the_bits_can_be_recomputed_from_the_export_alone(
     (directory,) = run_directories(Path("outputs"))
     result = read_result(directory)
     assert result.bits is not None
-    grids = load_file(directory / "grids.safetensors")
-    weights = load_file(directory / "model" / "model.safetensors")
+    grids, weights = load_all(directory / "grids"), load_all(directory / "model")
     names = sorted(key.removesuffix(".bits") for key in grids if key.endswith(".bits"))
     assert len(names) == len(read_linears(directory))
     total = spent = zeros = 0
@@ -205,12 +217,15 @@ def test_a_sweep_runs_every_job_in_its_own_directory(
 
 
 def test_one_failing_job_stops_no_other(mi_run: Callable[..., Ended], local: list[str]) -> None:
-    ended = mi_run("-m", *local, "n_groups.count=2,1000,3")
-    assert ended.code == 2
-    assert "n_groups.count=1000" in ended.err
+    # One sample has fewer tokens than some linears have channels: singular without damping.
+    scarce = ["dataset.nsamples=1", "recipe.on_singular=error"]
+    ended = mi_run("-m", *local, *scarce, "recipe.damping=0.1,0,0.2")
+    assert ended.code == 3
+    assert "not positive definite" in ended.err
     results = [read_result(directory) for directory in run_directories(Path("sweeps"))]
     assert [result.status for result in results] == ["completed", "failed", "completed"]
-    assert "n_groups.count=1000" in (results[1].error or "")
+    assert "not positive definite" in (results[1].error or "")
+    # What was computed before the failure is kept.
     assert results[1].dense != {}
 
 
@@ -292,15 +307,87 @@ def test_a_text_that_cannot_be_had_is_one_line(
     assert "hf download allenai/c4" in line
 
 
-def test_a_run_directory_is_used_once(mi_run: Callable[..., Ended], local: list[str]) -> None:
+def test_a_run_directory_is_used_for_one_run(
+    mi_run: Callable[..., Ended], local: list[str]
+) -> None:
     assert mi_run(*local, "hydra.run.dir=here").code == 0
     before = read_result(Path("here"))
     composed = Path("here/.hydra/config.yaml").read_bytes()
     ended = mi_run(*local, "hydra.run.dir=here", "seed=3")
     assert ended.code == 2
-    assert "already holds a run" in ended.err
+    assert "here was begun with something else" in ended.err
+    assert "seed: 0 → 3" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
     assert read_result(Path("here")) == before
     assert Path("here/.hydra/config.yaml").read_bytes() == composed
+
+
+def test_the_same_command_is_the_same_run(mi_run: Callable[..., Ended], local: list[str]) -> None:
+    """Names of runs follow from what moves a number, and from nothing else."""
+    assert mi_run(*local).code == 0
+    (directory,) = run_directories(Path("outputs"))
+    record = (directory / "result.json").read_bytes()
+    again = mi_run(*local, "memory.host=4", "tracking.project=other")
+    assert again.code == 0
+    assert "is complete; remove it to run again" in again.out
+    assert f"{read_result(directory).compressed['text'].perplexity:.4f}" in again.out
+    assert (directory / "result.json").read_bytes() == record
+    assert mi_run(*local, "seed=1").code == 0
+    assert len(run_directories(Path("outputs"))) == 2
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let this process receive SIGTERM while it compresses the n-th linear from now on."""
+
+    def interrupt(number: int) -> None:
+        real = pipeline.compress_linear
+        calls: list[int] = []
+
+        def compress(*arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*arguments)
+
+        monkeypatch.setattr(pipeline, "compress_linear", compress)
+
+    return interrupt
+
+
+def test_the_same_command_continues_an_interrupted_run(
+    mi_run: Callable[..., Ended], local: list[str], interrupt_at: Callable[[int], None]
+) -> None:
+    interrupt_at(3)
+    ended = mi_run(*local)
+    assert ended.code == 75
+    assert ended.err == "mi-run: stopped by SIGTERM: give the same command again to continue\n"
+    (directory,) = run_directories(Path("outputs"))
+    assert read_result(directory).status == "interrupted"
+    assert mi_run(*local).code == 0
+    assert run_directories(Path("outputs")) == [directory]
+    assert mi_run(*local, "hydra.run.dir=unbroken").code == 0
+    broken, unbroken = read_result(directory), read_result(Path("unbroken"))
+    assert (broken.resumed, unbroken.resumed) == (1, 0)
+    assert broken.compressed == unbroken.compressed
+    for name in ("plan.safetensors", "linears.parquet"):
+        assert (directory / name).read_bytes() == (Path("unbroken") / name).read_bytes()
+
+
+def test_a_wish_to_stop_ends_a_sweep(
+    mi_run: Callable[..., Ended], local: list[str], interrupt_at: Callable[[int], None]
+) -> None:
+    """A scheduler kills soon after it has asked: no other job may begin."""
+    interrupt_at(3)
+    ended = mi_run("-m", *local, "seed=0,1", "hydra.sweep.dir=sweep")
+    assert ended.code == 75
+    (begun,) = run_directories(Path("sweep"))
+    assert (begun.name, read_result(begun).status) == ("0", "interrupted")
+    assert mi_run("-m", *local, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
+    results = [read_result(directory) for directory in run_directories(Path("sweep"))]
+    assert [(result.status, result.resumed) for result in results] == [
+        ("completed", 1), ("completed", 0),
+    ]  # fmt: skip
 
 
 def test_the_composition_reproduces_the_run(mi_run: Callable[..., Ended], local: list[str]) -> None:

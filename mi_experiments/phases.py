@@ -1,0 +1,211 @@
+"""The phases of a run: each takes up what was finished earlier, and commits what it does."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mi_experiments.config import Config
+from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.loading import OpenModel
+from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
+from mi_experiments.llm.replay import Allocate
+from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.memory_plan import MemoryPlan
+from mi_experiments.pipeline import compress_model
+from mi_experiments.plan import Plan, count_steps, plan_compression
+from mi_experiments.progress import Progress
+from mi_experiments.record import (
+    LINEARS,
+    Evaluation,
+    LinearReport,
+)
+from mi_experiments.recorder import Recorder
+from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.screen import screen_calibration
+from mi_experiments.stored_model import StoredModel
+from mi_experiments.texts import EvaluationText
+from mi_experiments.tracking import Tracker
+from mi_experiments.verdict import totals
+
+PLAN = "plan.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run works with.
+
+    Attributes:
+        config: of the run.
+        opened: model, tokenizer, and the original weights by block.
+        texts: for evaluation.
+        calibration: token ids.
+        commits: what is finished.
+        stored: the compressed blocks.
+        memory: what lives where.
+        allocate: makes room for hidden states.
+        recorder: of the result.
+        tracker: of the run.
+        progress: draws the bars.
+        stop: a wish to stop, granted between blocks.
+    """
+
+    config: Config
+    opened: OpenModel
+    texts: Sequence[EvaluationText]
+    calibration: Int[Tensor, "nsamples seqlen"]
+    commits: Commits
+    stored: StoredModel
+    memory: MemoryPlan
+    allocate: Allocate
+    recorder: Recorder
+    tracker: Tracker
+    progress: Progress
+    stop: StopRequest
+
+
+def screen(run: Run) -> Run:
+    """Leave out the calibration samples that are not finite in the dense model."""
+    with run.progress.task("screen", total=len(run.opened.weights.blocks)) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        calibration, dropped = screen_calibration(
+            run.opened,
+            run.calibration,
+            run.config.dataset.batch_size,
+            allocate=run.allocate,
+            commits=run.commits,
+            on_block=on_block,
+        )
+    run.recorder.update(dropped=dropped)
+    return replace(run, calibration=calibration)
+
+
+def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
+    """Measure the perplexity of the dense or the compressed model on every text, once."""
+    evaluations: dict[str, Evaluation] = {}
+    for index, text in enumerate(run.texts):
+        name = f"evaluations/{phase}-{index:03}.json"
+        row = run.commits.read_json(name)
+        if row is None:
+            row = asdict(evaluate_text(run, text, weights, f"{phase} {text.name}"))
+            run.commits.commit({name: json.dumps(row, indent=1).encode()})
+        evaluations[text.name] = Evaluation(**row)
+        run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
+        run.recorder.update(**{phase: dict(evaluations)})
+
+
+def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
+    """Measure the perplexity of a model on one text."""
+    evaluation = run.config.evaluation
+    wave_tokens = run.memory.wave_tokens
+    waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
+    with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        measured = measure_perplexity(
+            weights.model,
+            text.windows,
+            batch_tokens=evaluation.batch_tokens,
+            logits_chunk=evaluation.logits_chunk,
+            path=weights.path,
+            weights=weights,
+            allocate=run.allocate,
+            wave_tokens=wave_tokens,
+            on_block=on_block,
+        )
+    return Evaluation(
+        protocol=evaluation.protocol,
+        windows=text.cut,
+        seqlen=text.seqlen,
+        nll=measured.nll,
+        perplexity=measured.perplexity,
+        standard_error=measured.standard_error,
+        tokens=measured.tokens,
+        count=measured.windows,
+        dropped_tokens=text.dropped_tokens,
+        tokens_sha256=text.sha256,
+        floor=text.floor,
+        bos=text.bos,
+    )
+
+
+def make_plan(run: Run) -> Plan:
+    """Return the plan: the committed one, or a new one."""
+    committed = run.commits.read_tensors(PLAN)
+    if committed is None:
+        steps = count_steps(len(run.opened.weights.blocks), run.config)
+        with run.progress.task("plan", total=steps) as advance:
+
+            def on_block(block: str) -> None:
+                advance(block)
+                run.stop.check()
+
+            plan = plan_compression(
+                run.opened.model,
+                run.calibration,
+                run.config,
+                on_block,
+                weights=run.opened.weights,
+                allocate=run.allocate,
+                hessian_bytes=run.memory.hessian_bytes,
+                commits=run.commits,
+            )
+        # Before it is written: a plan that came out differently must not take the place of one.
+        run.commits.bind("plan", plan.fingerprint())
+        run.commits.commit({PLAN: plan.stored()})
+    else:
+        plan = Plan.read(*committed)
+        run.commits.bind("plan", plan.fingerprint())
+    return plan
+
+
+def compress(run: Run, plan: Plan) -> None:
+    """Compress the model, and store each block when it is finished."""
+    with run.progress.task("compress", total=len(plan.linears)) as advance:
+
+        def record(report: LinearReport) -> None:
+            run.recorder.linears.append(report)
+            run.tracker.log_linear(report)
+
+        def on_linear(report: LinearReport) -> None:
+            record(report)
+            advance(
+                f"block {report.block} {report.name.split('.')[-1]} "
+                f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
+            )
+
+        def restore(block: int) -> bool:
+            run.stop.check()
+            if not run.stored.restore(block):
+                return False
+            for report in run.stored.reports(block):
+                record(report)
+                advance(f"block {block}: finished earlier")
+            return True
+
+        blocks = compress_model(
+            run.opened.model,
+            run.calibration,
+            plan,
+            run.config,
+            on_linear,
+            weights=run.opened.weights,
+            allocate=run.allocate,
+            hessian_bytes=run.memory.hessian_bytes,
+            restore=restore,
+        )
+        for block in blocks:
+            run.stored.store(block)
+    model = run.config.model
+    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
+    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
+    run.commits.adopt(LINEARS)
