@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_tiny_model
 
+from mi_experiments import measure as measures
 from mi_experiments import pipeline, solving
 from mi_experiments.errors import (
     AuditError,
@@ -663,3 +664,18 @@ def test_a_pattern_that_needs_all_rows_at_once_ends_in_one_line_that_names_the_l
     with pytest.raises(MemoryShortage, match=line):
         compress(model, tokens, BLIND)
     assert changed(before, model) == set()
+
+
+def test_experts_with_few_tokens_are_measured_again_where_memory_is_short(
+    tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [*BLIND, "recipe=textbook", "recipe.min_tokens=1000", "n_groups.count=1"]
+    overrides += ["recipe.scarce_tokens=all_tokens", "sparsity=dense"]
+    expected = compress(build_tiny_model("qwen3_moe"), tokens, overrides)
+    fail_once(monkeypatch, measures, "feed_all_tokens", 1)
+    found = compress(build_tiny_model("qwen3_moe"), tokens, overrides)
+    assert sum(linear.report.retries for linear in found.values()) > 0
+    for name, linear in found.items():
+        report, wanted = linear.report, expected[name].report
+        assert (report.tokens, report.all_tokens) == (wanted.tokens, wanted.all_tokens)
+        assert report.output_error == pytest.approx(wanted.output_error, rel=1e-3)
