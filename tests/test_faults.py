@@ -3,6 +3,7 @@ ends the run in one line that names it."""
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from faulty_models import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import build_tiny_model
+from tiny_models import build_byte_tokenizer, build_tiny_model
 
 from mi_experiments import measure as measures
 from mi_experiments import pipeline, solving
@@ -32,12 +33,17 @@ from mi_experiments.errors import (
     NumericalError,
     SingularError,
 )
+from mi_experiments.llm.blocks import walk_blocks
+from mi_experiments.llm.finite import Screen
 from mi_experiments.llm.inventory import LinearView
+from mi_experiments.llm.loading import open_model
 from mi_experiments.llm.replay import Call
+from mi_experiments.llm.twins import Twins
 from mi_experiments.method import gram, refine, sparsegpt
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import LinearPlan, plan_compression
 from mi_experiments.record import Bits
 from mi_experiments.solving import Measured, factorize_site, solve_linear
@@ -679,3 +685,51 @@ def test_experts_with_few_tokens_are_measured_again_where_memory_is_short(
         report, wanted = linear.report, expected[name].report
         assert (report.tokens, report.all_tokens) == (wanted.tokens, wanted.all_tokens)
         assert report.output_error == pytest.approx(wanted.output_error, rel=1e-3)
+
+
+def test_a_streamed_block_is_looked_at_before_its_first_sweep(
+    tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """No block holds weights when the run begins, so each is looked at when its turn comes."""
+    model = build_tiny_model("llama", vocab_size=260)
+    config = config_of(*BLIND)
+    made = plan_compression(model, tokens, config)
+    model.get_submodule("model.layers.1.self_attn.v_proj").weight[2, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+    build_byte_tokenizer().save_pretrained(tmp_path)
+    opened = open_model(str(tmp_path), revision=None, dtype="auto", device="cpu", offline=True)
+    swept: list[int] = []
+    blocks = compress_model(
+        opened.model,
+        tokens,
+        made,
+        config,
+        lambda report: swept.append(report.block),
+        weights=opened.weights,
+    )
+    line = "^1 of 512 weights of model.layers.1.self_attn.v_proj are not finite"
+    with pytest.raises(NumericalError, match=line):
+        list(blocks)
+    assert swept == [0] * 7
+
+
+def test_samples_that_are_set_aside_go_on_as_zeros() -> None:
+    """What is not finite must reach no router and no kernel of a later block."""
+    rejected = {1: "before"}
+    hidden = torch.ones(4, 2, 3)
+    hidden[2, 1, 0], hidden[3, 0, 1] = float("inf"), float("nan")
+    Screen(list("abcdefgh"), rejected).admit_(hidden, 4, "here")
+    assert rejected == {1: "before", 6: "here", 7: "here"}
+    assert torch.equal(hidden[:2], torch.ones(2, 2, 3))
+    assert torch.equal(hidden[2:], torch.zeros(2, 2, 3))
+
+
+def test_twins_run_in_batches_of_one_size_whichever_was_short(tokens: torch.Tensor) -> None:
+    model = build_tiny_model("llama")
+    block = next(walk_blocks(model, tokens, batch_size=4))
+    for short in ("block", "dense"):
+        dense = block.stream.fork()
+        block.stream.batch_size = dense.batch_size = 4
+        (block.stream if short == "block" else dense).shrink("reason")
+        twins = Twins.open(block, dense)
+        assert [len(seen.dense) for seen in twins.observe(block.sites[-1])] == [2 * 16] * 4
