@@ -16,21 +16,17 @@ from mi_experiments.llm.loading import choose_device, locate_model, open_model
 from mi_experiments.llm.screening import OnNonfinite
 from mi_experiments.llm.windows import adds_bos
 from mi_experiments.memory_plan import in_a_line, plan_run
-from mi_experiments.phases import Run, compress, evaluate, make_plan, screen
+from mi_experiments.phases import PLAN, Run, compress, evaluate, make_plan, screen
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import fingerprint, measure_provenance
-from mi_experiments.record import (
-    Result,
-)
+from mi_experiments.record import Result
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.scrubbing import scrub
-from mi_experiments.stored_model import StoredModel, tidy
+from mi_experiments.stored_model import PARTS, StoredModel, tidy
 from mi_experiments.texts import calibration_sequences, evaluation_texts, find_texts
 from mi_experiments.tracking import Tracker
 from mi_experiments.verdict import check_fallbacks
-
-PLAN = "plan.safetensors"
 
 
 def run_experiment(
@@ -128,7 +124,8 @@ def open_run(
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
     hashes = {text.name: text.sha256 for text in texts}
-    commits = Commits(recorder.run_dir, fingerprint(config, provenance, hashes))
+    begun = fingerprint(config, provenance, hashes)
+    commits = Commits(recorder.run_dir, begun, (PLAN, *PARTS))
     recorder.open()
     recorder.update(provenance=provenance)
     return Run(

@@ -17,11 +17,7 @@ from mi_experiments.memory_plan import MemoryPlan
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, count_steps, plan_compression
 from mi_experiments.progress import Progress
-from mi_experiments.record import (
-    LINEARS,
-    Evaluation,
-    LinearReport,
-)
+from mi_experiments.record import LINEARS, Evaluation, LinearReport
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.screen import screen_calibration
@@ -170,6 +166,8 @@ def make_plan(run: Run) -> Plan:
 
 def compress(run: Run, plan: Plan) -> None:
     """Compress the model, and store each block when it is finished."""
+    count = len(run.opened.weights.blocks)
+    finished = [block for block in range(count) if run.stored.find(block)]
     with run.progress.task("compress", total=len(plan.linears)) as advance:
 
         def record(report: LinearReport) -> None:
@@ -183,13 +181,17 @@ def compress(run: Run, plan: Plan) -> None:
                 f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
             )
 
-        def restore(block: int) -> bool:
-            run.stop.check()
-            if not run.stored.restore(block):
-                return False
+        def recall(block: int) -> None:
             for report in run.stored.reports(block):
                 record(report)
                 advance(f"block {block}: finished earlier")
+
+        def restore(block: int) -> bool:
+            run.stop.check()
+            if block not in finished:
+                return False
+            run.stored.weights.load(block)
+            recall(block)
             return True
 
         blocks = compress_model(
@@ -203,8 +205,13 @@ def compress(run: Run, plan: Plan) -> None:
             hessian_bytes=run.memory.hessian_bytes,
             restore=restore,
         )
-        for block in blocks:
-            run.stored.store(block)
+        if len(finished) == count:
+            # Then no hidden state is needed either.
+            for block in finished:
+                recall(block)
+        else:
+            for compressed in blocks:
+                run.stored.store(compressed)
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
     run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)

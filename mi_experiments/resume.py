@@ -9,8 +9,8 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,12 +41,16 @@ class Commits:
     Args:
         run_dir: of the run; held by this process alone.
         fingerprint: everything that the numbers depend on, as JSON-ready values.
+        own: names in the run directory that only commits may have.
 
     Raises:
-        InputError: the directory was begun with another fingerprint, or its manifest is damaged.
+        InputError: the directory was begun with another fingerprint, or its manifest is damaged, or
+            it holds something of another origin under one of the run's own names.
     """
 
-    def __init__(self, run_dir: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, run_dir: Path, fingerprint: Mapping[str, Any], own: Sequence[str] = ()
+    ) -> None:
         self.run_dir = run_dir
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
         self.files: dict[str, dict[str, Any]] = {}
@@ -55,6 +59,11 @@ class Commits:
             refuse_changes(run_dir, begun["fingerprint"], self.fingerprint)
             self.fingerprint = begun["fingerprint"]
             self.files = begun["files"]
+        elif foreign := [name for name in own if (run_dir / name).exists()]:
+            raise InputError(
+                f"{run_dir / foreign[0]} exists, and no run is recorded in {run_dir}: choose "
+                "another directory (hydra.run.dir=DIR)"
+            )
         remove_temporaries(run_dir)
         if begun is None:
             self._write_manifest()
@@ -122,7 +131,7 @@ class Commits:
         if path.is_file() and file_hash(path) == entry["sha256"]:
             return path
         if path.is_file():
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            path.rename(damaged_sibling(path))
             log.warning("%s is damaged: set aside as %s.damaged, computed again", path, path.name)
         else:
             log.warning("%s has gone: computed again", path)
@@ -150,20 +159,30 @@ class Commits:
             return tensors, file.metadata() or {}
 
     def discard(self, *folders: str) -> None:
-        """Forget and remove folders that served only to continue the run."""
+        """Remove and forget the committed files of folders that served only to continue the run."""
         kept = {n: entry for n, entry in self.files.items() if n.split("/")[0] not in folders}
-        if kept != self.files:
-            self.files = kept
-            self._write_manifest()
+        if kept == self.files:
+            return
+        for name in self.files.keys() - kept.keys():
+            path = self.run_dir / name
+            path.unlink(missing_ok=True)
+            damaged_sibling(path).unlink(missing_ok=True)
         for folder in folders:
-            for path in sorted((self.run_dir / folder).rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-            if (self.run_dir / folder).is_dir():
+            # One that holds anything else stays.
+            with suppress(OSError):
                 (self.run_dir / folder).rmdir()
+        # Last, so that a process that is killed before leaves a list of what is still to go.
+        self.files = kept
+        self._write_manifest()
 
     def _write_manifest(self) -> None:
         content = {"fingerprint": self.fingerprint, "files": dict(sorted(self.files.items()))}
         write_atomically(self.run_dir / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def damaged_sibling(path: Path) -> Path:
+    """Return where a file is set aside that is not what was committed."""
+    return path.with_name(f"{path.name}.damaged")
 
 
 def refuse_changes(run_dir: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -28,6 +28,11 @@ MODEL = "model"
 GRIDS = "grids"
 PACKED = "packed"
 REPORTS = "reports"
+SCAFFOLDING = ("drafts", "evaluations", REPORTS)
+"""Folders of what only serves to continue the run."""
+
+PARTS = (MODEL, GRIDS, PACKED, *SCAFFOLDING)
+"""Folders that belong to the run."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +49,12 @@ class StoredModel:
     commits: Commits
     config: Config
 
-    def restore(self, block: int) -> bool:
-        """Put a block that was finished earlier into the model; answer whether there was one."""
+    def find(self, block: int) -> bool:
+        """Say whether a block was finished earlier; if so, it is read from there from now on."""
         found = self.commits.find_all(*self._names(block))
         if found is None:
             return False
         self.weights.redirect(block, found[0])
-        self.weights.load(block)
         return True
 
     def store(self, block: CompressedBlock) -> None:
@@ -125,10 +129,12 @@ class StoredModel:
         """Take a block's weights from what was written, and require that not a bit differs."""
         module = self.weights.blocks[block]
         before = dict(module.state_dict())
+        # So that what the file lacks is not there.
+        self.weights.drop(block)
         self.weights.redirect(block, self.commits.run_dir / name)
         self.weights.load(block)
         for key, tensor in module.state_dict().items():
-            if not same_bits(tensor, before[key]):
+            if tensor.is_meta or not same_bits(tensor, before[key]):
                 raise AuditError(f"{name}: {key} on disk differs from what was compressed")
 
 
@@ -153,8 +159,7 @@ def read_settings(
 
 def tidy(commits: Commits, export: Export) -> None:
     """Remove what only served to continue the run, and the compressed model if nobody wants it."""
-    kept = {Export.nothing: (), Export.dense: (MODEL,), Export.packed: ()}[export]
-    commits.discard(*({"drafts", "evaluations", REPORTS, MODEL} - set(kept)))
+    commits.discard(*SCAFFOLDING, *(() if export is Export.dense else (MODEL,)))
 
 
 def same_bits(tensor: Tensor, other: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Arrows point one way: commands → experiment → {plan, pipeline} → {llm, method}."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,17 @@ PACKAGE = Path(__file__).parents[1] / "mi_experiments"
 
 FORBIDDEN = {
     "method": ("llm", "embedded", "config", "record", "plan", "pipeline", "experiment", "commands",
-               "tracking", "texts", "measure", "provenance", "progress", "dry_run"),
+               "tracking", "texts", "measure", "provenance", "progress", "dry_run", "atomic",
+               "resume", "drafts", "stored_model", "recorder", "phases"),
     "llm": ("method", "embedded", "config", "record", "plan", "pipeline", "experiment", "commands",
-            "tracking", "texts", "measure", "provenance", "progress", "dry_run"),
+            "tracking", "texts", "measure", "provenance", "progress", "dry_run", "resume", "drafts",
+            "stored_model", "recorder", "phases"),
     "embedded": ("method", "config", "record", "plan", "pipeline", "experiment", "commands"),
     "record": ("config", "llm", "method", "plan", "pipeline", "experiment", "commands"),
+    "recorder": ("llm", "method", "plan", "pipeline", "experiment", "commands", "tracking"),
+    "drafts": ("plan", "pipeline", "experiment", "commands", "tracking", "embedded", "resume"),
+    "stored_model": ("plan", "phases", "experiment", "commands", "tracking", "embedded"),
+    "phases": ("experiment", "commands", "embedded"),
     "config": ("record", "plan", "pipeline", "experiment", "commands", "embedded"),
     "plan": ("pipeline", "experiment", "commands", "tracking", "embedded"),
     "pipeline": ("experiment", "commands", "tracking", "embedded"),
@@ -21,6 +28,38 @@ FORBIDDEN = {
     "experiment": ("commands",),
     "views": ("plan", "pipeline", "experiment", "commands", "config", "llm", "method"),
 }  # fmt: skip
+
+GROUND = {"errors": set(), "atomic": {"errors"}, "resume": {"atomic", "errors"}}
+"""What everything may stand on, and all that it stands on itself."""
+
+WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
+          "save", "save_file", "save_model", "save_pretrained", "to_json_file", "to_parquet",
+          "to_csv", "to_json", "to_pickle", "to_excel", "write_table", "FileHandler", "from_file",
+          "savefig", "copy2", "copyfile", "copytree"}  # fmt: skip
+"""Calls that may write a file; so may `open` with a mode."""
+
+MAY_WRITE = {
+    "atomic.py": {"write_bytes", "save_file"},
+    # Into memory; the bytes go through atomic.
+    "record.py": {"write_table"},
+    "commands/formats.py": {"to_parquet", "to_csv"},
+    "commands/compare.py": {"write_table"},
+    # Into the folder that it is given, which stored_model makes, reads and removes.
+    "llm/export.py": {"save_pretrained", "to_json_file"},
+    # Into a temporary folder, to be hashed.
+    "llm/token_cache.py": {"save_pretrained", "open"},
+    # Memory that the system may write out; the file has no name while it is used.
+    "llm/activations.py": {"from_file"},
+    # The lock, which holds nothing, and the log, which only grows.
+    "commands/run.py": {"open", "FileHandler"},
+    # Figures, into a folder that the user names, drawn again in seconds.
+    "views/plots.py": {"savefig"},
+    # To the server of Weights & Biases.
+    "views/workspace.py": {"save"},
+    # Rebuilds the model that the package carries, by hand.
+    "embedded/train.py": {"save_pretrained"},
+}
+"""Where else they are, and why; everything in a run directory appears whole or not at all."""
 
 
 def imports(path: Path) -> set[str]:
@@ -50,6 +89,57 @@ def test_arrows_point_one_way(room: str) -> None:
     for path in files(room):
         wrong = imports(path) & set(FORBIDDEN[room])
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
+
+
+@pytest.mark.parametrize("room", GROUND)
+def test_the_ground_stands_on_nothing_else(room: str) -> None:
+    for path in files(room):
+        assert imports(path) <= GROUND[room]
+
+
+def writes(path: Path) -> set[str]:
+    """Return the names of the calls in a file that may write files."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        texts = [
+            part.value
+            for part in [*node.args, *(keyword.value for keyword in node.keywords)]
+            if isinstance(part, ast.Constant) and isinstance(part.value, str)
+        ]
+        if name in {"open", "fdopen"} and any(
+            re.fullmatch("[rbt]*[wax+][wax+bt]*", t) for t in texts
+        ):
+            found.add("open")
+        if name in WRITES:
+            found.add(name)
+    return found
+
+
+def test_files_are_written_in_one_place() -> None:
+    found = {str(path.relative_to(PACKAGE)): writes(path) for path in PACKAGE.rglob("*.py")}
+    assert {name: calls for name, calls in found.items() if calls} == MAY_WRITE
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('open("a", "w")', {"open"}),
+        ('path.open("ab")', {"open"}),
+        ('path.open(mode="r+")', {"open"}),
+        ('path.open("rb")', set()),
+        ("path.write_text(text)", {"write_text"}),
+        ("torch.save(x, path)", {"save"}),
+        ("frame.to_parquet(path)", {"to_parquet"}),
+        ("write_atomically(path, text)", set()),
+    ],
+)
+def test_a_write_is_seen(line: str, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(line)
+    assert writes(tmp_path / "module.py") == expected
 
 
 def test_no_module_is_imported_in_a_circle() -> None:

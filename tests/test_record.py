@@ -1,7 +1,6 @@
 """Records: what is written is what is read, and a file is there completely or not at all."""
 
 import dataclasses
-import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from mi_experiments.record import (
     read_linears,
     read_result,
     total_bits,
-    write_atomically,
     write_linears,
     write_result,
 )
@@ -87,20 +85,3 @@ def test_not_a_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_result(broken, tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("step", ["replace", "fsync"])
-def test_a_failed_write_leaves_the_old_file(
-    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "result.json"
-    write_atomically(target, b"old")
-
-    def refuse(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, step, refuse)
-    with pytest.raises(OSError, match="No space"):
-        write_atomically(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]

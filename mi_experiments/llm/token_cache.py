@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mi_experiments.atomic import file_hash, save_atomically
+from mi_experiments.atomic import disk_errors, file_hash, save_atomically
 from mi_experiments.errors import MiError
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def _plain(value: object) -> object:
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """Return the SHA-256 of each file that the tokenizer saves, by name."""
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, disk_errors(Path(directory)):
         tokenizer.save_pretrained(directory)
         return {file.name: file_hash(file) for file in sorted(Path(directory).iterdir())}
 
