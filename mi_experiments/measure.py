@@ -110,6 +110,7 @@ def measure_scarce(
 
     Raises:
         InputError: an expert cannot be shown all tokens.
+        MemoryShortage: there is no room for a single sample.
         NumericalError: an expert has too few tokens, and `recipe.scarce_tokens` is `error`.
     """
     least = config.recipe.min_tokens
@@ -123,14 +124,18 @@ def measure_scarce(
         )
     if not scarce:
         return {}
-    accumulators = {site.name: accumulator(block, site, config) for site in scarce}
 
-    def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
-        with site_context(block, site):
-            accumulators[site.name].update(inputs)
+    def measure() -> dict[str, Hessian]:
+        accumulators = {site.name: accumulator(block, site, config) for site in scarce}
 
-    feed_all_tokens(block, scarce, consume)
-    return {site.name: finish(block, site, accumulators[site.name]) for site in scarce}
+        def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
+            with site_context(block, site):
+                accumulators[site.name].update(inputs)
+
+        feed_all_tokens(block, scarce, consume)
+        return {site.name: finish(block, site, accumulators[site.name]) for site in scarce}
+
+    return until_it_fits(measure, block.stream.shrink)
 
 
 def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:

@@ -19,8 +19,15 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad alloc", "bad_alloc")
-"""What the CPU allocator, CUDA and its libraries say in a RuntimeError."""
+SAID = (
+    "can't allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "bad alloc",
+    "bad_alloc",
+    "can't start new thread",
+)
+"""What the CPU allocator, CUDA and its libraries say in a RuntimeError; a thread needs a stack."""
 
 REMEDY = (
     "what was finished is kept: free memory, or choose memory.activations=disk, a smaller "

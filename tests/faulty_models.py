@@ -10,8 +10,12 @@ from tiny_models import build_tiny_model
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
+from mi_experiments.method.audit import audit_linear
+from mi_experiments.method.hessian import Hessian, HessianAccumulator
+from mi_experiments.method.pruning import Sparsity
 from mi_experiments.pipeline import CompressedLinear, compress_model
-from mi_experiments.plan import Plan, plan_compression
+from mi_experiments.plan import LinearPlan, Plan, plan_compression
+from mi_experiments.solving import Measured, factorize_site, solve_linear
 
 SMALL = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"]
 
@@ -78,3 +82,44 @@ def changed(before: dict[str, torch.Tensor], model: Any) -> set[str]:
     now = bits_of(model)
     assert now.keys() == before.keys()
     return {key for key, bits in before.items() if not torch.equal(bits, now[key])}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def measure(inputs: torch.Tensor) -> Hessian:
+    accumulator = HessianAccumulator(inputs.shape[1], dtype=torch.float64)
+    accumulator.update(inputs)
+    return accumulator.finish()
+
+
+def solve_here(
+    weight: torch.Tensor, inputs: torch.Tensor, bits: int, ratio: float, config: Any
+) -> Any:
+    """Solve one linear with one scale group a row, audit it, and return what the sweep returned."""
+    rows, columns = weight.shape
+    one = torch.zeros(columns, dtype=torch.int32)
+    widths = torch.full((columns,), bits, dtype=torch.uint8)
+    linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one)
+    sparsity = Sparsity(ratio)
+    hessian = measure(inputs)
+    statistics = factorize_site(Measured(hessian, None, hessian.tokens), sparsity, config)
+    solution = solve_linear(weight, statistics, linear_plan, sparsity, config)
+    audit_linear(
+        solution.swept,
+        solution.grid,
+        sparsity,
+        original=weight,
+        order=statistics.order(),
+        mask_block=config.sparsity.mask_block,
+        max_average_bits=float(bits),
+        stored=solution.swept.weight,
+    )
+    start = 0
+    for positions in torch.split(statistics.order(), config.sparsity.mask_block):
+        count = int(solution.swept.pruned[:, positions].sum())
+        assert count == round(ratio * (rows * len(positions))), start
+        start += len(positions)
+    return solution.swept

@@ -41,6 +41,7 @@ CPU = RuntimeError(
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("can't start new thread"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (NumericalError("out of memory"), False),
