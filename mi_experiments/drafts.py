@@ -27,6 +27,7 @@ from mi_experiments.method.information import (
     summarize,
 )
 from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.shortage import give_back
 
 UNMEASURED = (Grouping.contiguous, Grouping.random)
 """Groupings that need no activations."""
@@ -105,9 +106,11 @@ def draft_site(
         # What this factor is used for can bear more damping; the sweep that skips has its own.
         escalate = config.recipe.on_singular is not OnSingular.error
         factor = factorize(hessian, damping=config.recipe.damping, escalate=escalate)
-        matrix = measure_information(hessian, groups.estimator)
+        # Before the information, so that its own statistics have gone when that is measured.
         generator = torch.Generator().manual_seed(groups.seed)
         noise = noise_floor(hessian.sample, groups.estimator, generator)
+        give_back(hessian.matrix.nbytes)
+        matrix = measure_information(hessian, groups.estimator)
         summary = summarize(matrix, noise, factor, groups.estimator)
     # An expert without tokens that is to stay as it is has nothing to be grouped by.
     measured = hessian is not None or groups.grouping in UNMEASURED

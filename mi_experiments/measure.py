@@ -23,6 +23,9 @@ from mi_experiments.method.targets import Drift, DriftAccumulator
 from mi_experiments.resume import Commits
 from mi_experiments.shortage import until_it_fits
 
+NAMED_TOKENS = 16
+"""Tokens that are kept of a site for messages."""
+
 FISHER = "drafts/fisher.safetensors"
 """What the loss feels, committed once a run."""
 
@@ -59,7 +62,9 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
     """
 
     def measure() -> dict[str, Hessian]:
-        accumulators = {site.name: accumulator(block, site, config) for site in sites}
+        accumulators = {
+            site.name: accumulator(block, site, config.n_groups.sample_tokens) for site in sites
+        }
 
         def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
             if site.routed:
@@ -126,7 +131,9 @@ def measure_scarce(
         return {}
 
     def measure() -> dict[str, Hessian]:
-        accumulators = {site.name: accumulator(block, site, config) for site in scarce}
+        accumulators = {
+            site.name: accumulator(block, site, config.n_groups.sample_tokens) for site in scarce
+        }
 
         def consume(site: Site, inputs: Float[Tensor, "tokens columns"]) -> None:
             with site_context(block, site):
@@ -138,7 +145,7 @@ def measure_scarce(
     return until_it_fits(measure, block.stream.shrink)
 
 
-def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Drift]:
+def measure_twins(twins: Twins, site: Site) -> tuple[Hessian, Drift]:
     """Return the Hessian of what a site reads now, and how far that is from the dense model.
 
     Where memory is short that is done again, from the beginning, in batches of half the size.
@@ -150,7 +157,8 @@ def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Dr
     """
 
     def measure() -> tuple[Hessian, Drift]:
-        hessian = accumulator(twins.block, site, config)
+        # The sample serves the plan's rank statistics; here it only names what is wrong.
+        hessian = accumulator(twins.block, site, NAMED_TOKENS)
         drift = DriftAccumulator(site.columns, *arithmetic(twins.block))
         with site_context(twins.block, site):
             for batch in twins.observe(site):
@@ -161,7 +169,7 @@ def measure_twins(twins: Twins, site: Site, config: Config) -> tuple[Hessian, Dr
     return until_it_fits(measure, twins.shrink)
 
 
-def accumulator(block: Block, site: Site, config: Config) -> HessianAccumulator:
+def accumulator(block: Block, site: Site, sample_tokens: int) -> HessianAccumulator:
     """Return what sums up a site, and names its tokens by their samples where it can."""
     device, dtype = arithmetic(block)
     seqlen = block.stream.hidden.shape[1]
@@ -176,7 +184,7 @@ def accumulator(block: Block, site: Site, config: Config) -> HessianAccumulator:
 
     return HessianAccumulator(
         site.columns,
-        sample_tokens=config.n_groups.sample_tokens,
+        sample_tokens=sample_tokens,
         device=device,
         dtype=dtype,
         name_token=name_token,

@@ -37,7 +37,7 @@ from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.storage import count_storage
 from mi_experiments.plan import LinearPlan, Plan
 from mi_experiments.record import CHANGED, LinearReport
-from mi_experiments.shortage import count_retries
+from mi_experiments.shortage import count_retries, give_back
 from mi_experiments.solving import (
     Measured,
     SiteStatistics,
@@ -136,6 +136,7 @@ def compress_model(
                 for linear in site.linears:
                     with site_context(block, site, linear):
                         linears.append(compress_linear(linear, shared, plan, config))
+                    give_back(4 * linear.rows * linear.columns)
                     on_linear(linears[-1].report)
             yield CompressedBlock(block.index, linears)
         dense = twins.advance() if twins else None
@@ -162,6 +163,8 @@ def measure_statistics(
         if found is None:
             return
         site, measured = found
+        del found
+        give_back(measured.hessian.matrix.nbytes)
         with site_context(block, site):
             shared = factorize_site(measured, sparsity, config)
         yield site, replace(shared, retries=retries.count)
@@ -181,7 +184,7 @@ def measure_sites(
         stages = [list(sites) for _, sites in groupby(block.sites, lambda site: site.stage)]
     for sites in stages:
         if twins is not None and not sites[0].routed:
-            hessian, drift = measure_twins(twins, sites[0], config)
+            hessian, drift = measure_twins(twins, sites[0])
             yield sites[0], Measured(hessian, drift, hessian.tokens)
             continue
         for together in in_passes(sites, hessian_bytes):

@@ -5,7 +5,9 @@ logged and counted, and the count is in the record.
 """
 
 import contextlib
+import ctypes
 import errno
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,6 +57,26 @@ def count_retries() -> Iterator[Retries]:
     finally:
         # By identity: equal counts are not the same count.
         _counting[:] = [other for other in _counting if other is not retries]
+
+
+LARGE = 2**24
+"""Bytes below which it is not worth the time to give memory back."""
+
+
+def give_back(size: int) -> None:
+    """Give memory that is free again back to the system, after something of a size was done.
+
+    Python frees what refers to itself only when its collector runs, and glibc keeps freed pieces of
+    up to 32 MiB for itself: together as much again as the largest linear.
+
+    Args:
+        size: bytes of the largest tensor that was worked on.
+    """
+    if size < LARGE:
+        return
+    gc.collect()
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def note_retry(what: str, reason: str) -> None:

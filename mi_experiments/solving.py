@@ -250,8 +250,9 @@ def solve(
         swept = sweep(weight, factor, grid=grid, sparsity=pruning, mask_block=block)
     else:
         first = sweep(weight, factor, sparsity=pruning, mask_block=block)
-        grid = fit(first.weight, linear_plan, config, first.pruned)
-        swept = sweep(weight, factor, grid=grid, pruned=first.pruned, mask_block=block)
+        grid, pruned = fit(first.weight, linear_plan, config, first.pruned), first.pruned
+        del first
+        swept = sweep(weight, factor, grid=grid, pruned=pruned, mask_block=block)
     if grid is not None and (rounds := config.recipe.refine_rounds):
         damped = damped_hessian(hessian, factor)
         return refine(swept, grid, weight, damped, rounds=rounds, order=factor.order)
@@ -260,8 +261,9 @@ def solve(
 
 def damped_hessian(hessian: Hessian, factor: Factor) -> Float[Tensor, "columns columns"]:
     """Return H′, with the damping that the factor finally used."""
-    damping = factor.damping * hessian.diagonal.mean()
-    return hessian.matrix + torch.diag(damping.expand(len(hessian.diagonal)))
+    damped = hessian.matrix.clone()
+    damped.diagonal().add_(factor.damping * hessian.diagonal.mean())
+    return damped
 
 
 def output_error(

@@ -54,7 +54,7 @@ def test_a_streamed_plan_is_the_resident_one(
         seen.append,
         weights=opened.weights,
         allocate=allocator(Place.disk, torch.device("cpu"), tmp_path),
-        commits=Commits(tmp_path / "run", {}),
+        commits=Commits(tmp_path, {}),
     )
     assert streamed.fingerprint() == resident.fingerprint()
     assert len(seen) == count_steps(2, config) == 6
@@ -101,6 +101,7 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
     assert len(measured) == 2
     # Nor is anything kept where the loss is not asked.
     other = tmp_path / "other"
+    other.mkdir()
     commits = Commits(other, {})
     plan_compression(dense, tokens, config_of("wbits.cost=distortion"), commits=commits)
     assert not (other / measure.FISHER).exists()

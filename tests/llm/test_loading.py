@@ -72,7 +72,7 @@ def test_the_attention_asked_for_is_used(tiny_directory: Path, attention: str) -
     assert model.config._attn_implementation == attention
     assert skeleton.config._attn_implementation == attention
     assert fault(tiny_directory, attention="flash") == (
-        "model.attention=flash is not one of sdpa, eager"
+        "model.attention=flash is not one of auto, sdpa, eager"
     )
 
 
