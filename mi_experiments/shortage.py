@@ -59,15 +59,27 @@ def count_retries() -> Iterator[Retries]:
         _counting[:] = [other for other in _counting if other is not retries]
 
 
+M_MMAP_THRESHOLD = -3
+"""Number of the option in glibc's malloc.h."""
+
 LARGE = 2**24
 """Bytes below which it is not worth the time to give memory back."""
+
+
+def map_large_pieces() -> None:
+    """Let glibc take every piece above 4 MiB from the system, and return it there when it is free.
+
+    Otherwise it learns to keep pieces of up to 32 MiB in a heap, which then grows with every block.
+    """
+    if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        set_option(M_MMAP_THRESHOLD, 4 * 2**20)
 
 
 def give_back(size: int) -> None:
     """Give memory that is free again back to the system, after something of a size was done.
 
-    Python frees what refers to itself only when its collector runs, and glibc keeps freed pieces of
-    up to 32 MiB for itself: together as much again as the largest linear.
+    Python frees what refers to itself only when its collector runs, and glibc keeps small pieces:
+    together as much again as the largest linear.
 
     Args:
         size: bytes of the largest tensor that was worked on.

@@ -38,6 +38,7 @@ from mi_experiments.provenance import (
 from mi_experiments.record import RESULT, Result, read_result
 from mi_experiments.resume import Commits, StopRequest, read_manifest, refuse_changes
 from mi_experiments.scrubbing import scrub
+from mi_experiments.shortage import map_large_pieces
 from mi_experiments.stored_model import tidy
 
 RUN_ID = secrets.token_hex(2)
@@ -56,6 +57,7 @@ def conf_directory() -> str:
 def main() -> None:
     """Run the command line; expected failures are one line and an exit code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    map_large_pieces()
     disable_progress_bar()  # type: ignore[no-untyped-call]
     OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
