@@ -142,7 +142,10 @@ class Grid:
     def quantize(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Round every weight to its nearest level; unquantized channels are returned unchanged."""
         columns = self.quantized.nonzero()[:, 0]
-        level = self.decode(self.encode(weight[:, columns], columns), columns)
+        group = self.scale_group[columns]
+        zero, scale = self.zero_point[:, group], self.scale[:, group]
+        level = (weight[:, columns] / scale).round_()
+        level = level.clamp_(-zero, _top(self.bits[columns]) - zero).to(scale.dtype).mul_(scale)
         return weight.index_copy(1, columns, level.to(weight.dtype))
 
 
