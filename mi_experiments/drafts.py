@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mi_experiments.config import UNQUANTIZED, Allocation, Config, Cost, DeadChannels, OnSingular
+from mi_experiments.config import Config
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import fit_grid, scale_groups
@@ -27,6 +27,7 @@ from mi_experiments.method.information import (
     summarize,
 )
 from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.method_config import UNQUANTIZED, Allocation, Cost, DeadChannels, OnSingular
 from mi_experiments.shortage import give_back
 
 UNMEASURED = (Grouping.contiguous, Grouping.random)

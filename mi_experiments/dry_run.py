@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mi_experiments.config import Allocation, Config
+from mi_experiments.config import Config
 from mi_experiments.drafts import sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block
@@ -20,6 +20,7 @@ from mi_experiments.memory_plan import (
     plan_memory,
 )
 from mi_experiments.method.grouping import group_sizes
+from mi_experiments.method_config import Allocation
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import needs_activations
 

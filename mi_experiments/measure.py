@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Allocation, Config, Cost, ScarceTokens
+from mi_experiments.config import Config
 from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
@@ -20,6 +20,7 @@ from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
+from mi_experiments.method_config import Allocation, Cost, ScarceTokens
 from mi_experiments.resume import Commits
 from mi_experiments.shortage import until_it_fits
 

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Config, ScarceTokens, Scope
+from mi_experiments.config import Config
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView, take_inventory
@@ -35,6 +35,7 @@ from mi_experiments.measure import (
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.storage import count_storage
+from mi_experiments.method_config import ScarceTokens, Scope
 from mi_experiments.plan import LinearPlan, Plan
 from mi_experiments.record import CHANGED, LinearReport
 from mi_experiments.shortage import count_retries, give_back

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.config import Allocation, Config, NGroupsConfig, ScarceTokens, Scope
+from mi_experiments.config import Config
 from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, walk_blocks
@@ -36,6 +36,7 @@ from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method_config import Allocation, NGroupsConfig, ScarceTokens, Scope
 from mi_experiments.resume import Commits
 
 

@@ -11,13 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
-from mi_experiments.config import (
-    UNQUANTIZED,
-    Config,
-    DeadChannels,
-    GridFit,
-    OnSingular,
-)
+from mi_experiments.config import Config
 from mi_experiments.errors import SingularError
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
@@ -26,6 +20,7 @@ from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.refine import refine
 from mi_experiments.method.sparsegpt import Swept, sweep
 from mi_experiments.method.targets import Drift, correct_target
+from mi_experiments.method_config import UNQUANTIZED, DeadChannels, GridFit, OnSingular
 from mi_experiments.plan import LinearPlan
 
 

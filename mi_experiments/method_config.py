@@ -1,0 +1,211 @@
+"""What the method is asked to do: one plain dataclass per folder of `conf/`, with its ranges."""
+
+import math
+from enum import Enum
+
+from mi_experiments.errors import require
+from mi_experiments.method.grouping import Grouping
+from mi_experiments.method.hessian import SweepOrder
+from mi_experiments.method.information import Estimator
+
+UNQUANTIZED = 16
+"""The width that stands for "not quantized"."""
+
+
+class Allocation(Enum):
+    """How widths are given to channel groups."""
+
+    mixed = "mixed"
+    uniform = "uniform"
+    unquantized = "unquantized"
+
+
+class Scope(Enum):
+    """What shares one bit budget."""
+
+    linear = "linear"
+    site = "site"
+    model = "model"
+
+
+class Cost(Enum):
+    """What a width costs.
+
+    `distortion`: the group's output error; `relative`: divided by its linear's output energy;
+    `fisher`: each output's error weighted by the Fisher information of the loss about it, which
+    makes costs of different linears comparable.
+    """
+
+    distortion = "distortion"
+    relative = "relative"
+    fisher = "fisher"
+
+
+class GridFit(Enum):
+    """Which weights the grids are fitted to where a linear is pruned and quantized.
+
+    `original`: the weights as they were, pattern and codes chosen in one sweep (arXiv:2301.00774).
+    `survivors`: a sweep that only prunes comes first; the grids are fitted to its compensated
+    survivors, and the joint sweep keeps its pattern.
+    """
+
+    original = "original"
+    survivors = "survivors"
+
+
+class OnSingular(Enum):
+    """What is done where a Hessian is not positive definite at `recipe.damping`.
+
+    `error`: the run ends. `escalate`: ten times the damping is tried, up to 1.0; if that fails, the
+    run ends. `skip`: the linears that read it stay as they are.
+    """
+
+    error = "error"
+    escalate = "escalate"
+    skip = "skip"
+
+
+class DeadChannels(Enum):
+    """What becomes of weights whose channel is zero on every calibration token.
+
+    `keep`: they are pruned and rounded like all others. `zero`: they become zero before anything
+    else, as in the published code of arXiv:2301.00774.
+    """
+
+    keep = "keep"
+    zero = "zero"
+
+
+class ScarceTokens(Enum):
+    """What is done with an expert to which fewer than `recipe.min_tokens` tokens are routed.
+
+    `all_tokens`: it is calibrated on all tokens that enter its module. `keep`: it stays as it is.
+    `error`: the run ends.
+    """
+
+    all_tokens = "all_tokens"
+    keep = "keep"
+    error = "error"
+
+
+class SparsityConfig:
+    """Fraction of weights set to zero; n:m keeps n weights of every m consecutive channels."""
+
+    ratio: float
+    n: int
+    m: int
+    mask_block: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("sparsity.ratio", self.ratio, 0 <= self.ratio <= 1, "from 0 to 1")
+        require("sparsity.mask_block", self.mask_block, self.mask_block >= 1, "at least 1 channel")
+        if self.n or self.m:
+            fits = 0 < self.n < self.m
+            require("sparsity.n", self.n, fits, f"from 1 to m - 1 = {self.m - 1} (0 with m=0: off)")
+            exact = math.isclose(self.ratio, (self.m - self.n) / self.m)
+            require("sparsity.ratio", self.ratio, exact, f"(m - n) / m for {self.n}:{self.m}")
+            whole = self.mask_block % self.m == 0
+            require("sparsity.mask_block", self.mask_block, whole, f"a multiple of m = {self.m}")
+
+
+class WbitsConfig:
+    """The bit budget and the grids that spend it."""
+
+    allocation: Allocation
+    average: float
+    widths: list[int] | None
+    scope: Scope
+    cost: Cost
+    symmetric: bool
+    group_size: int | None
+    clip_search: bool
+    fisher_samples: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.allocation is Allocation.unquantized:
+            require("wbits.average", self.average, self.average == UNQUANTIZED, "16 (unquantized)")
+            return
+        require(
+            "wbits.average",
+            self.average,
+            2 <= self.average <= 8,
+            "from 2 to 8 bits; wbits=unquantized for none",
+        )
+        if self.allocation is Allocation.uniform:
+            whole = self.average == int(self.average)
+            require(
+                "wbits.average", self.average, whole, "a whole number when uniform; or wbits=mixed"
+            )
+        for width in self.widths or []:
+            fits = 2 <= width <= 8 or width == UNQUANTIZED
+            require("wbits.widths", width, fits, "widths from 2 to 8, and 16 for unquantized")
+        if self.widths is not None:
+            reachable = bool(self.widths) and min(self.widths) <= self.average
+            require(
+                "wbits.widths", self.widths, reachable, "at least one width within wbits.average"
+            )
+        enough = self.fisher_samples >= 1
+        require("wbits.fisher_samples", self.fisher_samples, enough, "at least 1 sequence")
+        if self.group_size is not None:
+            require("wbits.group_size", self.group_size, self.group_size >= 1, "at least 1 channel")
+
+    def candidate_widths(self) -> list[int]:
+        """Widths that a group may get: those asked for, or those around the average."""
+        if self.allocation is not Allocation.mixed:
+            return [int(self.average)]
+        if self.widths is not None:
+            return sorted(set(self.widths))
+        low, high = math.floor(self.average) - 1, math.ceil(self.average) + 1
+        return list(range(max(2, low), min(8, high) + 1))
+
+
+class NGroupsConfig:
+    """How the input channels of a site are grouped."""
+
+    grouping: Grouping
+    count: int
+    multiple: int
+    estimator: Estimator
+    sample_tokens: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("n_groups.count", self.count, self.count >= 1, "at least 1")
+        require("n_groups.multiple", self.multiple, self.multiple >= 1, "at least 1 channel")
+        enough = self.sample_tokens >= 16
+        require("n_groups.sample_tokens", self.sample_tokens, enough, "at least 16 tokens")
+
+
+class RecipeConfig:
+    """How the sweep is run."""
+
+    name: str
+    damping: float
+    order: SweepOrder
+    true_sequential: bool
+    grid_fit: GridFit
+    input_share: float
+    residual_share: float
+    refine_rounds: int
+    on_singular: OnSingular
+    max_escalated: float
+    dead_channels: DeadChannels
+    min_tokens: int
+    scarce_tokens: ScarceTokens
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
+        rounds = self.refine_rounds
+        require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
+        require("recipe.min_tokens", self.min_tokens, self.min_tokens >= 1, "at least 1 token")
+        share = self.max_escalated
+        require("recipe.max_escalated", share, 0 <= share <= 1, "from 0 to 1")
+        for key in ("input_share", "residual_share"):
+            share = getattr(self, key)
+            require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")
+            fits = share == 0 or self.true_sequential
+            require(f"recipe.{key}", share, fits, "0 unless recipe.true_sequential=true")
