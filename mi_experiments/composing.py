@@ -41,9 +41,10 @@ def to_plain(config: Config) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
-        return value
+        # Not by asdict: a config may have been narrowed to some of its fields.
+        return plain(vars(value)) if dataclasses.is_dataclass(value) else value
 
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+    return {key: plain(value) for key, value in vars(config).items()}
 
 
 def refuse_targets(composed: DictConfig) -> None:

@@ -126,6 +126,7 @@ class Config:
     corpora: dict[str, HubCorpusConfig]
     seed: int
     export: Export
+    reuse: bool
     dry_run: bool
     resume: str | None
 

@@ -22,6 +22,7 @@ from mi_experiments.provenance import fingerprint, measure_provenance
 from mi_experiments.record import Result
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.reuse import Reuse, computed_by
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import PARTS, StoredModel, tidy
 from mi_experiments.texts import calibration_sequences, evaluation_texts, find_texts
@@ -128,6 +129,7 @@ def open_run(
     commits = Commits(recorder.run_dir, begun, (PLAN, *PARTS))
     recorder.open()
     recorder.update(provenance=provenance)
+    computed = computed_by(opened, provenance, config.model.blocks)
     return Run(
         config=config,
         opened=opened,
@@ -136,6 +138,7 @@ def open_run(
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
         memory=memory,
+        reuse=Reuse(config, computed, recorder, progress.say, stop.check),
         allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config
+from mi_experiments.drafting import LOSS_FIELDS, narrow
 from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
@@ -233,6 +234,7 @@ def measure_loss(
     """
     if not measures_loss(config):
         return {}
+    config = narrow(config, LOSS_FIELDS)
     if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
         return committed[0]
     fisher = measure_fisher(

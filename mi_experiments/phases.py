@@ -10,7 +10,7 @@ from torch import Tensor
 from mi_experiments.config import Config
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel
-from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
+from mi_experiments.llm.perplexity import Perplexity, measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.memory_plan import MemoryPlan
@@ -20,6 +20,7 @@ from mi_experiments.progress import Progress
 from mi_experiments.record import LINEARS, Evaluation, LinearReport
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.reuse import Reuse
 from mi_experiments.screen import screen_calibration
 from mi_experiments.stored_model import StoredModel
 from mi_experiments.texts import EvaluationText
@@ -41,6 +42,7 @@ class Run:
         commits: what is finished.
         stored: the compressed blocks.
         memory: what lives where.
+        reuse: what other jobs have computed.
         allocate: makes room for hidden states.
         recorder: of the result.
         tracker: of the run.
@@ -55,6 +57,7 @@ class Run:
     commits: Commits
     stored: StoredModel
     memory: MemoryPlan
+    reuse: Reuse
     allocate: Allocate
     recorder: Recorder
     tracker: Tracker
@@ -89,34 +92,43 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
         name = f"evaluations/{phase}-{index:03}.json"
         row = run.commits.read_json(name)
         if row is None:
-            row = asdict(evaluate_text(run, text, weights, f"{phase} {text.name}"))
+            row = asdict(evaluate_text(run, text, weights, phase))
             run.commits.commit({name: json.dumps(row, indent=1).encode()})
         evaluations[text.name] = Evaluation(**row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
         run.recorder.update(**{phase: dict(evaluations)})
 
 
-def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
-    """Measure the perplexity of a model on one text."""
+def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: str) -> Evaluation:
+    """Measure the perplexity of a model on one text; of the dense one, if no other job has."""
     evaluation = run.config.evaluation
     wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
-    with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
+    steps = waves * len(weights.blocks)
+    with run.progress.task(f"{phase} {text.name}", total=steps) as advance:
 
         def on_block() -> None:
             advance()
             run.stop.check()
 
-        measured = measure_perplexity(
-            weights.model,
-            text.windows,
-            batch_tokens=evaluation.batch_tokens,
-            logits_chunk=evaluation.logits_chunk,
-            path=weights.path,
-            weights=weights,
-            allocate=run.allocate,
-            wave_tokens=wave_tokens,
-            on_block=on_block,
+        def measure() -> Perplexity:
+            return measure_perplexity(
+                weights.model,
+                text.windows,
+                batch_tokens=evaluation.batch_tokens,
+                logits_chunk=evaluation.logits_chunk,
+                path=weights.path,
+                weights=weights,
+                allocate=run.allocate,
+                wave_tokens=wave_tokens,
+                on_block=on_block,
+            )
+
+        dense = phase == "dense"
+        measured = (
+            run.reuse.perplexity(text.name, text.windows, wave_tokens, measure)
+            if dense
+            else measure()
         )
     return Evaluation(
         protocol=evaluation.protocol,
@@ -138,11 +150,16 @@ def make_plan(run: Run) -> Plan:
     """Return the plan: the committed one, or a new one."""
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
-        steps = count_steps(len(run.opened.weights.blocks), run.config)
-        with run.progress.task("plan", total=steps) as advance:
+        blocks = len(run.opened.weights.blocks)
+        steps = count_steps(blocks, run.config)
+        with (
+            run.progress.task("plan", total=steps) as advance,
+            run.reuse.plan(run.commits, run.calibration, blocks) as share,
+        ):
 
             def on_block(block: str) -> None:
                 advance(block)
+                share()
                 run.stop.check()
 
             plan = plan_compression(

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config
+from mi_experiments.drafting import drafting_config
 from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, walk_blocks
@@ -163,42 +164,55 @@ def plan_compression(
         check_weights(linears)
         for linear in linears:
             check_count(linear.columns, linear.name, config.n_groups)
+    drafting = drafting_config(config)
     finished = read_drafts(commits, len(inventory.modules))
     if len(finished) < len(inventory.modules):
         fisher = measure_loss(
             model,
             calibration,
-            config,
+            drafting,
             weights=weights,
             allocate=allocate,
             commits=commits,
             on_block=on_block,
         )
-        activations = needs_activations(config)
+        activations = needs_activations(drafting)
         walk = walk_blocks(
             model,
             calibration if activations else calibration[:1, :2],
-            batch_size=config.dataset.batch_size,
-            ignore=tuple(config.model.ignore),
-            path=config.model.blocks,
+            batch_size=drafting.dataset.batch_size,
+            ignore=tuple(drafting.model.ignore),
+            path=drafting.model.blocks,
             weights=weights,
             allocate=allocate,
         )
         for block in walk:
             if block.index not in finished:
                 finished[block.index] = draft_block(
-                    block, fisher, activations, config, hessian_bytes
+                    block, fisher, activations, drafting, hessian_bytes
                 )
                 if commits is not None and activations:
                     commits.commit({draft_name(block.index): finished[block.index].stored()})
             on_block(block.name)
     drafts = [linear for _, draft in sorted(finished.items()) for linear in draft.linears]
+    if config.wbits.allocation is Allocation.mixed:
+        drafts = [keep_widths(draft, drafting, config) for draft in drafts]
     information = {
         s: i for _, draft in sorted(finished.items()) for s, i in draft.information.items()
     }
     return Plan(
         allocate_widths(drafts, config), information, sparsity_of(config), config.wbits.average
     )
+
+
+def keep_widths(draft: DraftLinear, drafting: Config, config: Config) -> DraftLinear:
+    """Leave a draft the prices of those widths that a group may get."""
+    if draft.prices is None:
+        return draft
+    priced = drafting.wbits.candidate_widths()
+    kept = [priced.index(width) for width in config.wbits.candidate_widths()]
+    prices = dataclasses.replace(draft.prices, costs=draft.prices.costs[:, kept])
+    return dataclasses.replace(draft, prices=prices)
 
 
 def count_steps(blocks: int, config: Config) -> int:

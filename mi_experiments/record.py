@@ -212,6 +212,8 @@ class Result:
         dropped: calibration samples that were left out, and in what they were not finite; messages
             of later phases count the samples that are left.
         retries: how often memory was short and work was done again in smaller pieces.
+        reused: by phase, what was not computed but read, because another job had computed it; the
+            seconds of that phase are those of reading, and of waiting for that job.
     """
 
     status: str
@@ -230,6 +232,7 @@ class Result:
     statuses: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     retries: int = 0
+    reused: dict[str, list[str]] = field(default_factory=dict)
 
 
 def write_result(result: Result, run_dir: Path) -> None:

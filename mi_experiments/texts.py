@@ -1,7 +1,7 @@
 """From config to tokens: calibration sequences and evaluation windows that never overlap."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -174,7 +174,7 @@ def calibration_sequences(
     def draw() -> dict[str, Tensor]:
         return {"tokens": calibration_tokens(tokenizer, source.read(), **options)}
 
-    return cached(source.key(tokenizer, options), draw)["tokens"]
+    return tokens_of(source.key(tokenizer, options), draw, config)["tokens"]
 
 
 def evaluation_texts(tokenizer: PreTrainedTokenizerBase, config: Config) -> list[EvaluationText]:
@@ -209,7 +209,9 @@ def cut_text(
         def compute() -> dict[str, Tensor]:
             return evaluation_windows(tokenizer, source.read(), **options).to_tensors()
 
-        cut = EvaluationWindows.from_tensors(cached(source.key(tokenizer, options), compute))
+        cut = EvaluationWindows.from_tensors(
+            tokens_of(source.key(tokenizer, options), compute, config)
+        )
     return EvaluationText(
         name=name,
         cut=text.windows.name,
@@ -220,6 +222,13 @@ def cut_text(
         sha256=token_hash(torch.cat(list(cut.windows))),
         floor=floor,
     )
+
+
+def tokens_of(
+    key: str, compute: Callable[[], dict[str, Tensor]], config: Config
+) -> dict[str, Tensor]:
+    """Return tokens from their cache, or computed where nothing is to be reused."""
+    return cached(key, compute) if config.reuse else compute()
 
 
 def shares_file(path: str | None, text: CorpusConfig) -> bool:
