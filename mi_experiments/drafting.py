@@ -9,14 +9,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mi_experiments.config import Config
-from mi_experiments.method_config import Allocation, Cost
+from mi_experiments.method_config import Allocation, Cost, SparsityScope
 
 LOSS_FIELDS = (
     "seed",
     "model.ignore",
     "model.blocks",
-    "wbits.allocation",
-    "wbits.cost",
     "wbits.fisher_samples",
 )
 """Of what the loss feels of each output."""
@@ -31,8 +29,19 @@ GROUPING_FIELDS = (
     "recipe.min_tokens",
     "recipe.scarce_tokens",
     "wbits.allocation",
+    "sparsity.scope",
 )
 """Of the groups and the information of each site."""
+
+PRUNING_FIELDS = (
+    "recipe.dead_channels",
+    "recipe.order",
+    "sparsity.ratio",
+    "sparsity.cost",
+    "sparsity.mask_block",
+    "sparsity.spread",
+)
+"""Of what pruning costs, besides."""
 
 PRICE_FIELDS = (
     "recipe.dead_channels",
@@ -57,12 +66,21 @@ def drafting_config(config: Config) -> Config:
     mixed = config.wbits.allocation is Allocation.mixed
     if mixed:
         fields.update(PRICE_FIELDS)
-        if config.wbits.cost is Cost.fisher:
-            fields.update(LOSS_FIELDS)
+    if config.sparsity.scope is SparsityScope.model:
+        fields.update(PRUNING_FIELDS)
+    if measures_loss(config):
+        fields.update(LOSS_FIELDS)
     drafting = narrow(config, fields)
     if mixed:
         drafting.wbits.widths = sorted({*config.wbits.candidate_widths(), *ALL_WIDTHS})
     return drafting
+
+
+def measures_loss(config: Config) -> bool:
+    """Say whether bits or pruned weights are spent by what the loss feels of each output."""
+    wbits, sparsity = config.wbits, config.sparsity
+    mixed = wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
+    return mixed or (sparsity.allocated and sparsity.cost is Cost.fisher)
 
 
 def narrow(config: Config, fields: Iterable[str]) -> Config:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config
-from mi_experiments.drafting import LOSS_FIELDS, narrow
+from mi_experiments.drafting import LOSS_FIELDS, measures_loss, narrow
 from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
@@ -21,7 +21,7 @@ from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
-from mi_experiments.method_config import Allocation, Cost, ScarceTokens
+from mi_experiments.method_config import ScarceTokens
 from mi_experiments.resume import Commits
 from mi_experiments.shortage import until_it_fits
 
@@ -203,12 +203,6 @@ def finish(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian
     """Return the Hessian of a site, or say whose it could not be."""
     with site_context(block, site):
         return accumulator.finish()
-
-
-def measures_loss(config: Config) -> bool:
-    """Say whether the budget is spent by what the loss feels of each output."""
-    wbits = config.wbits
-    return wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
 
 
 def measure_loss(

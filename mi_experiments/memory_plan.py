@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config, Dtype
+from mi_experiments.drafting import measures_loss
 from mi_experiments.drafts import sparsity_of
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
@@ -23,7 +24,6 @@ from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.fisher import POSITIONS_CHUNK
 from mi_experiments.llm.loading import choose_device, load_skeleton
-from mi_experiments.measure import measures_loss
 from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import check_count

@@ -34,11 +34,11 @@ from mi_experiments.content_store import (
     read_entry,
     write_entry,
 )
-from mi_experiments.drafting import LOSS_FIELDS, drafting_config, narrow
+from mi_experiments.drafting import LOSS_FIELDS, drafting_config, measures_loss, narrow
 from mi_experiments.llm.loading import OpenModel
 from mi_experiments.llm.perplexity import Perplexity, plan_waves
 from mi_experiments.llm.windows import token_hash
-from mi_experiments.measure import FISHER, measures_loss
+from mi_experiments.measure import FISHER
 from mi_experiments.plan import draft_name, needs_activations
 from mi_experiments.provenance import NUMERICS_VERSION
 from mi_experiments.record import Provenance

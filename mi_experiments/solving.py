@@ -4,6 +4,7 @@ Where there is nothing to solve, that is said here too: a linear that is to stay
 Hessian is singular and that the recipe skips, and one whose weights are all pruned.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -81,8 +82,15 @@ class SiteStatistics:
         return torch.arange(len(self.hessian.diagonal), device=self.hessian.diagonal.device)
 
 
-def factorize_site(measured: Measured, sparsity: Sparsity, config: Config) -> SiteStatistics:
+def factorize_site(
+    measured: Measured, sparsities: Collection[Sparsity], config: Config
+) -> SiteStatistics:
     """Factorize a site's Hessian in the order of the sweep, once for all its linears.
+
+    Args:
+        measured: at the site.
+        sparsities: of its linears; patterns n:m are the same for all.
+        config: of the run.
 
     Raises:
         SingularError: it cannot be, and the recipe does not say to skip its linears.
@@ -91,9 +99,10 @@ def factorize_site(measured: Measured, sparsity: Sparsity, config: Config) -> Si
     without = SiteStatistics(hessian, None, (), drift, measured.tokens)
     if measured.kept:
         return replace(without, kept=True)
-    if sparsity.ratio == 1:
+    if all(sparsity.ratio == 1 for sparsity in sparsities):
         return without
-    order = sweep_order(hessian.diagonal, recipe.order, window=max(1, sparsity.m))
+    window = max(1, *(sparsity.m for sparsity in sparsities))
+    order = sweep_order(hessian.diagonal, recipe.order, window=window)
     escalate = recipe.on_singular is OnSingular.escalate
     try:
         factor = factorize(hessian, damping=recipe.damping, order=order, escalate=escalate)
@@ -130,10 +139,10 @@ def solve_linear(
     original: Float[Tensor, "rows columns"],
     statistics: SiteStatistics,
     linear_plan: LinearPlan,
-    sparsity: Sparsity,
     config: Config,
 ) -> Solution:
     """Compress one matrix, or leave it as it is if nothing is asked or if it must be skipped."""
+    sparsity = linear_plan.sparsity
     untouched = sparsity.is_dense and bool((linear_plan.bits == UNQUANTIZED).all())
     if untouched or statistics.skipped or statistics.kept:
         status = "untouched" if untouched else "kept" if statistics.kept else "skipped"
@@ -144,7 +153,7 @@ def solve_linear(
         swept, grid = erase(original, hessian, linear_plan, config)
         return Solution("compressed", original, swept, grid, linear_plan.bits, sparsity)
     target = aim(original, hessian, factor, statistics.drift, config)
-    swept, grid = solve(target, hessian, factor, linear_plan, sparsity, config)
+    swept, grid = solve(target, hessian, factor, linear_plan, config)
     status = "escalated" if len(statistics.attempts) > 1 else "compressed"
     return Solution(status, target, swept, grid, linear_plan.bits, sparsity)
 
@@ -231,11 +240,10 @@ def solve(
     hessian: Hessian,
     factor: Factor,
     linear_plan: LinearPlan,
-    sparsity: Sparsity,
     config: Config,
 ) -> tuple[Swept, Grid | None]:
     """Prune and quantize one matrix as the recipe says."""
-    block = config.sparsity.mask_block
+    sparsity, block = linear_plan.sparsity, config.sparsity.mask_block
     quantized = bool((linear_plan.bits < UNQUANTIZED).any())
     pruning = None if sparsity.is_dense else sparsity
     if not quantized:
