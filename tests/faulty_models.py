@@ -102,11 +102,11 @@ def solve_here(
     rows, columns = weight.shape
     one = torch.zeros(columns, dtype=torch.int32)
     widths = torch.full((columns,), bits, dtype=torch.uint8)
-    linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one)
     sparsity = Sparsity(ratio)
+    linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one, sparsity)
     hessian = measure(inputs)
-    statistics = factorize_site(Measured(hessian, None, hessian.tokens), sparsity, config)
-    solution = solve_linear(weight, statistics, linear_plan, sparsity, config)
+    statistics = factorize_site(Measured(hessian, None, hessian.tokens), [sparsity], config)
+    solution = solve_linear(weight, statistics, linear_plan, config)
     audit_linear(
         solution.swept,
         solution.grid,
