@@ -170,7 +170,7 @@ class Tracker:
             self.failed = False
             stop_client(exit_code)
 
-    def _call(self, record: Callable[[Any], object], upload: float = 0.0) -> None:
+    def _call(self, record: Callable[[Any], object], upload: int = 0) -> None:
         """Hand records to the client; after its first failure, nothing more."""
         run = self._run
         if run is None:

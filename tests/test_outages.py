@@ -77,8 +77,8 @@ def check(ended: Ended, reason: str) -> None:
     assert (read["state"], read["exit_code"]) == ("finished", 0)
     summary = read["summary"]
     for phase in ("dense", "compressed"):
-        for name, evaluation in getattr(result, phase).items():
-            assert summary[f"{phase}/{name}/perplexity"] == evaluation.perplexity
+        for name, measured in getattr(result, phase).items():
+            assert summary[f"{phase}/{name}/perplexity"] == measured.perplexity
     for name, value in vars(result.bits).items():
         assert summary[f"bits/{name}"] == value
     content = b"".join(p.read_bytes() for p in ended.folder.rglob("*") if p.is_file())
