@@ -89,10 +89,13 @@ class TrackingConfig:
     entity: str | None
     tags: list[str]
     init_timeout: int
+    finish_timeout: int
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require("tracking.init_timeout", self.init_timeout, self.init_timeout >= 1, "seconds >= 1")
+        for key in ("init_timeout", "finish_timeout"):
+            seconds = getattr(self, key)
+            require(f"tracking.{key}", seconds, seconds >= 1, "seconds >= 1")
 
 
 @dataclass

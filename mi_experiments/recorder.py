@@ -77,10 +77,13 @@ class Recorder:
             self.written = len(self.linears)
 
     def note_reused(self, phase: str, name: str) -> None:
-        """Record that a part of a phase was read and not computed."""
+        """Record at once that a part of a phase was read and not computed.
+
+        A run that is continued finds that part among its own, and would not know.
+        """
         log.info("%s: %s is reused", phase, name)
-        names = [*self.result.reused.get(phase, []), name]
-        self.result = replace(self.result, reused=self.result.reused | {phase: names})
+        names = dict.fromkeys([*self.result.reused.get(phase, []), name])
+        self.update(reused=self.result.reused | {phase: list(names)})
 
     @contextmanager
     def count_retries(self) -> Iterator[None]:
