@@ -46,7 +46,7 @@ def allocate_widths(
         priced = [draft for draft in drafts if draft.prices is not None]
         shares: dict[object, list[DraftLinear]] = {}
         for tied in tie(priced) if wbits.tied else priced:
-            shares.setdefault(share(tied, wbits.scope), []).append(tied)
+            shares.setdefault(share(tied, config.bit_scope), []).append(tied)
         for members in shares.values():
             chosen |= allocate_share(members, config)
         if wbits.tied:

@@ -13,6 +13,7 @@ from mi_experiments.llm.activations import Place
 from mi_experiments.method_config import (
     NGroupsConfig,
     RecipeConfig,
+    Scope,
     SparsityConfig,
     WbitsConfig,
 )
@@ -132,6 +133,13 @@ class Config:
     reuse: bool
     dry_run: bool
     resume: str | None
+
+    @property
+    def bit_scope(self) -> Scope:
+        """What shares one bit budget in this run."""
+        if self.wbits.scope is not Scope.auto:
+            return self.wbits.scope
+        return Scope.model if self.sparsity.ratio == 0 else Scope.linear
 
     def __post_init__(self) -> None:
         """Check what the parts say of each other."""

@@ -25,6 +25,7 @@ GROUPING_FIELDS = (
     "dataset.batch_size",
     "n_groups",
     "recipe.damping",
+    "recipe.damping_power",
     "recipe.on_singular",
     "recipe.min_tokens",
     "recipe.scarce_tokens",

@@ -125,7 +125,12 @@ def draft_site(
     if hessian is not None:
         # What this factor is used for can bear more damping; the sweep that skips has its own.
         escalate = config.recipe.on_singular is not OnSingular.error
-        factor = factorize(hessian, damping=config.recipe.damping, escalate=escalate)
+        factor = factorize(
+            hessian,
+            damping=config.recipe.damping,
+            power=config.recipe.damping_power,
+            escalate=escalate,
+        )
         # Before the information, so that its own statistics have gone when that is measured.
         generator = torch.Generator().manual_seed(groups.seed)
         noise = noise_floor(hessian.sample, groups.estimator, generator)

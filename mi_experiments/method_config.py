@@ -23,8 +23,13 @@ class Allocation(Enum):
 
 
 class Scope(Enum):
-    """What shares one bit budget."""
+    """What shares one bit budget.
 
+    `auto`: the model where nothing is pruned, else each linear: bits that move to linears that keep
+    more of their weights are more bits to store.
+    """
+
+    auto = "auto"
     linear = "linear"
     site = "site"
     model = "model"
@@ -213,6 +218,7 @@ class RecipeConfig:
 
     name: str
     damping: float
+    damping_power: float
     order: SweepOrder
     true_sequential: bool
     grid_fit: GridFit
@@ -228,6 +234,8 @@ class RecipeConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
+        power = self.damping_power
+        require("recipe.damping_power", power, 0 <= power <= 1, "from 0 to 1")
         rounds = self.refine_rounds
         require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
         require("recipe.min_tokens", self.min_tokens, self.min_tokens >= 1, "at least 1 token")

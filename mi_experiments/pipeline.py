@@ -213,7 +213,7 @@ def compress_linear(
     swept, grid, sparsity = solution.swept, solution.grid, solution.sparsity
     if solution.status in CHANGED:
         linear.write_weight(swept.weight)
-    alone = config.wbits.scope is Scope.linear and not config.wbits.tied
+    alone = config.bit_scope is Scope.linear and not config.wbits.tied
     linear_budget = alone and solution.status in CHANGED
     audit = audit_linear(
         swept,

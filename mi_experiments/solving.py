@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mi_experiments.config import Config
 from mi_experiments.errors import SingularError
+from mi_experiments.method.damping import damp
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
 from mi_experiments.method.information import total_correlation
@@ -105,7 +106,13 @@ def factorize_site(
     order = sweep_order(hessian.diagonal, recipe.order, window=window)
     escalate = recipe.on_singular is OnSingular.escalate
     try:
-        factor = factorize(hessian, damping=recipe.damping, order=order, escalate=escalate)
+        factor = factorize(
+            hessian,
+            damping=recipe.damping,
+            power=recipe.damping_power,
+            order=order,
+            escalate=escalate,
+        )
     except SingularError as error:
         if recipe.on_singular is not OnSingular.skip:
             line = "recipe.on_singular=skip leaves the linears that read it as they are"
@@ -265,7 +272,7 @@ def solve(
 def damped_hessian(hessian: Hessian, factor: Factor) -> Float[Tensor, "columns columns"]:
     """Return H′, with the damping that the factor finally used."""
     damped = hessian.matrix.clone()
-    damped.diagonal().add_(factor.damping * hessian.diagonal.mean())
+    damped.diagonal().copy_(damp(hessian.diagonal, factor.damping, factor.power))
     return damped
 
 

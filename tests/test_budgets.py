@@ -57,7 +57,7 @@ def test_more_to_keep_never_costs_more() -> None:
         (0.5, 0.0, 64, 64),
         (0.1, 0.2, 90, 128),
         (0.9, 0.2, 1, 38),
-        (0.3, 0, 89, 89),
+        (0.3, 0.0, 89, 89),
     ],
 )
 def test_the_choices_are_within_the_spread(

@@ -185,8 +185,8 @@ def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
 ) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
     config = config_of(
-        "sparsity.scope=model", "sparsity.cost=fisher", "sparsity.ratio=0.55", "sparsity.spread=0.3",
-        "wbits=unquantized", "n_groups.count=2", "n_groups.multiple=1",
+        "sparsity.scope=model", "sparsity.cost=fisher", "sparsity.ratio=0.55",
+        "sparsity.spread=0.3", "wbits=unquantized", "n_groups.count=2", "n_groups.multiple=1",
     )  # fmt: skip
     plan = plan_compression(model, tokens, config)
     weights = {name: linear.rows * linear.columns for name, linear in plan.linears.items()}
@@ -212,9 +212,7 @@ def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
     changed = dataclasses.replace(plan, linears=plan.linears | {name: other})
     assert changed.fingerprint() != plan.fingerprint()
     short = dataclasses.replace(plan, sparsity=Sparsity(0.56))
-    with pytest.raises(
-        AuditError, match=r"a share of 0\.55\d* is pruned where 0\.56 were requested"
-    ):
+    with pytest.raises(AuditError, match=r"a share of 0\.55\d* is pruned where 0\.56 were"):
         check_sparsity(list(reports.values()), short)
 
 
