@@ -94,11 +94,11 @@ def read_choice(override: Override, parser: OverridesParser) -> Choice:
     return Choice(values, tuple(f"{key}={value}" for value in values), swept=True)
 
 
-def job_name(swept: Mapping[str, str], composed: DictConfig) -> str:
-    """Name the run directory of one job: what is swept, to read, and the hash that is its name."""
+def job_name(swept: Mapping[str, str], name: str) -> str:
+    """Name the run directory of one job: what is swept, to read, before its `config_hash`."""
     words = [f"{key.rpartition('.')[2]}_{value}" for key, value in swept.items()]
     readable = as_word("-".join(words))[:READABLE].rstrip("-")
-    return f"{readable}-{config_hash(_root_=composed)}".lstrip("-")
+    return f"{readable}-{name}".lstrip("-")
 
 
 def as_word(text: str) -> str:

@@ -1,13 +1,15 @@
 """The jobs of a sweep, as Hydra composes them, each with a directory of its own."""
 
 import argparse
+import copy
 import itertools
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeperConf
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -79,7 +81,7 @@ class Sweep:
 def fix_directory(master: DictConfig) -> str:
     """Return the override by which every process sees the same sweep directory."""
     directory = str(Path(master.hydra.sweep.dir).absolute())
-    return f"hydra.sweep.dir={QuotedString(directory, Quote.single).with_quotes()}"
+    return f"hydra.sweep.dir={quote(directory)}"
 
 
 def read_sweep(hydra: Hydra, args: argparse.Namespace, master: DictConfig) -> Sweep:
@@ -96,18 +98,15 @@ def read_sweep(hydra: Hydra, args: argparse.Namespace, master: DictConfig) -> Sw
         raise InputError("hydra.sweep.subdir is given: jobs are named by what they compute")
     if master.resume is not None:
         raise InputError("resume= continues one run; a sweep is continued by its own command")
-    parser = OverridesParser.create(config_loader=hydra.config_loader)
-    choices = read_choices(
-        master.hydra.sweeper.params or {}, list(master.hydra.overrides.task), parser
-    )
-    axes = {key: choice.values for key, choice in choices.items() if len(choice.values) > 1}
+    composer = JobComposer(hydra, master)
+    axes = {k: choice.values for k, choice in composer.choices.items() if len(choice.values) > 1}
     directory = Path(master.hydra.sweep.dir)
     taken = {path.name[-10:]: path.name for path in directory.glob("*") if path.is_dir()}
     jobs: dict[str, Job] = {}
-    count = 0
-    for overrides_of_job, swept in combine(choices, axes):
-        job = compose_job(hydra, master, overrides_of_job, swept, taken)
-        count += 1
+    combinations = list(combine(composer.choices))
+    for overrides_of_job, values in combinations:
+        swept = {key: value for key, value in values.items() if key in axes}
+        job = compose_job(composer, overrides_of_job, swept, taken)
         first = jobs.setdefault(job.directory, job)
         if first.config != job.config:
             raise InputError(
@@ -116,68 +115,110 @@ def read_sweep(hydra: Hydra, args: argparse.Namespace, master: DictConfig) -> Sw
             )
     if all(job.refusal for job in jobs.values()):
         raise InputError(next(job.refusal for job in jobs.values() if job.refusal))
-    return Sweep(hydra, master, directory, axes, tuple(jobs.values()), count - len(jobs))
+    alike = len(combinations) - len(jobs)
+    return Sweep(hydra, master, directory, axes, tuple(jobs.values()), alike)
 
 
 def combine(
-    choices: Mapping[str, Choice], axes: Mapping[str, tuple[str, ...]]
-) -> list[tuple[tuple[str, ...], dict[str, str]]]:
-    """Return the overrides and the swept values of every combination, the last key fastest."""
-    pairs = [list(zip(choice.values, choice.overrides, strict=True)) for choice in choices.values()]
-    return [
-        (
-            tuple(override for _, override in combination),
-            {
-                key: value
-                for key, (value, _) in zip(choices, combination, strict=True)
-                if key in axes
-            },
+    choices: Mapping[str, Choice],
+) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    """Yield overrides and values of every combination, by key; the last key goes fastest."""
+    for numbers in itertools.product(*(range(len(choice.values)) for choice in choices.values())):
+        picked = [(key, number) for key, number in zip(choices, numbers, strict=True)]
+        yield (
+            {key: choices[key].overrides[number] for key, number in picked},
+            {key: choices[key].values[number] for key, number in picked},
         )
-        for combination in itertools.product(*pairs)
-    ]
+
+
+class JobComposer:
+    """Composes the jobs of a sweep, as Hydra does, in a fraction of the time.
+
+    Reading files takes nearly all of it, so jobs share what they agree in: all but the swept values
+    of keys that choose no file and that no other override touches. Hydra sets values after files.
+    """
+
+    def __init__(self, hydra: Hydra, master: DictConfig) -> None:
+        self.loader = hydra.config_loader
+        self.master = master
+        self.parser = OverridesParser.create(config_loader=self.loader)
+        params, overrides = master.hydra.sweeper.params or {}, list(master.hydra.overrides.task)
+        self.choices = read_choices(params, overrides, self.parser)
+        self.values = {key for key, choice in self.choices.items() if self.is_value(key, choice)}
+        self.shared: dict[tuple[str, ...], DictConfig] = {}
+
+    def is_value(self, key: str, choice: Choice) -> bool:
+        """Tell whether a choice is of values that can be set last."""
+        if not choice.swept or not re.fullmatch(r"[\w.]+", key) or self.chooses_file(key):
+            return False
+        above, below = f"{key}.", [f"{other}." for other in self.choices if other != key]
+        touching = [other for other in below if other.startswith(above) or above.startswith(other)]
+        return all(self.chooses_file(other[:-1]) for other in touching)
+
+    def chooses_file(self, key: str) -> bool:
+        """Tell whether a key is a group of config files."""
+        return bool(self.loader.get_group_options(key))
+
+    def compose(self, overrides: Mapping[str, str]) -> DictConfig:
+        """Compose one job, without Hydra's own config.
+
+        Args:
+            overrides: of the job, by key.
+
+        Raises:
+            HydraException: there is no such file, or no such key.
+        """
+        files = tuple(line for key, line in overrides.items() if key not in self.values)
+        if files not in self.shared:
+            whole = self.loader.load_sweep_config(self.master, list(files))
+            keys = [key for key in map(str, whole) if key != "hydra"]
+            shared = OmegaConf.masked_copy(whole, keys)
+            OmegaConf.set_struct(shared, True)
+            self.shared[files] = shared
+        composed = copy.deepcopy(self.shared[files])
+        lines = [line for key, line in overrides.items() if key in self.values]
+        ConfigLoaderImpl._apply_overrides_to_config(self.parser.parse_overrides(lines), composed)
+        return composed
 
 
 def compose_job(
-    hydra: Hydra,
-    master: DictConfig,
-    overrides: tuple[str, ...],
+    composer: JobComposer,
+    overrides: Mapping[str, str],
     swept: dict[str, str],
     taken: Mapping[str, str],
 ) -> Job:
     """Compose one job, and check what it asks for.
 
     Args:
-        hydra: composes it.
-        master: what is composed without the swept values.
-        overrides: of the job.
+        composer: of the sweep.
+        overrides: of the job, by key.
         swept: its values.
         taken: directories that are there, by the hash at their end.
     """
+    lines = tuple(overrides.values())
     try:
-        composed = hydra.config_loader.load_sweep_config(master, list(overrides))
-        composed_hash = config_hash(_root_=composed)
+        composed = composer.compose(overrides)
+        name = config_hash(_root_=composed)
     except (HydraException, OmegaConfBaseException) as error:
-        directory = as_word(json.dumps(overrides))[-80:]
-        return Job(directory, swept, overrides, {}, refusal=explain(error))
-    directory = taken.get(composed_hash) or job_name(swept, composed)
-    quoted = QuotedString(directory, Quote.single).with_quotes()
-    overrides = (*overrides, f"hydra.sweep.subdir={quoted}")
+        directory = as_word(" ".join(lines))[-80:]
+        return Job(directory, swept, lines, {}, refusal=explain(error))
+    directory = taken.get(name) or job_name(swept, name)
+    lines = (*lines, f"hydra.sweep.subdir={quote(directory)}")
     try:
         config = from_hydra(composed)
-    except (InputError, OmegaConfBaseException) as error:
-        refusal = str(error) if isinstance(error, InputError) else explain(error)
-        plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, model_keys(composed)))
+    except InputError as error:
+        plain = OmegaConf.to_container(composed)
         assert isinstance(plain, dict)
         asked = {str(key): part for key, part in plain.items()}
-        return Job(directory, swept, overrides, asked, refusal=refusal)
-    return Job(directory, swept, overrides, to_plain(config), config.export)
-
-
-def model_keys(composed: DictConfig) -> list[str]:
-    """Return the keys of a composed config that are a run's."""
-    return [key for key in map(str, composed) if key != "hydra"]
+        return Job(directory, swept, lines, asked, refusal=str(error))
+    return Job(directory, swept, lines, to_plain(config), config.export)
 
 
 def show(swept: Mapping[str, str]) -> str:
     """Show swept values as on the command line."""
     return " ".join(f"{key}={value}" for key, value in swept.items()) or "the only job"
+
+
+def quote(text: str) -> str:
+    """Return a text as Hydra reads it on the command line, whatever is in it."""
+    return QuotedString(text, Quote.single).with_quotes()
