@@ -20,7 +20,8 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from mi_experiments.atomic import write_atomically
-from mi_experiments.commands.sweep import describe_failure, run_sweep
+from mi_experiments.commands.sweep import run_sweep
+from mi_experiments.commands.sweep_launch import describe_failure
 from mi_experiments.commands.tables import print_dry_run, print_result
 from mi_experiments.composing import explain, from_hydra
 from mi_experiments.config import Config
@@ -59,14 +60,12 @@ def main() -> None:
     """Run the command line; expected failures are one line and an exit code."""
     prepare_process()
     try:
-        with STOP.listen(signal.SIGINT):
-            ended = run_sweep(sys.argv[1:], conf_directory(), do_job, STOP, open_console())
-        if ended is not None:
-            if ended.error is not None:
-                fail(ended.error, ended.exit_code)
-            return
-        with STOP.listen():
-            compose()
+        ended = run_sweep(sys.argv[1:], conf_directory(), do_job, STOP, open_console())
+        if ended is None:
+            with STOP.listen():
+                compose()
+        elif ended.error is not None:
+            fail(ended.error, ended.exit_code)
     except MiError as error:
         fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:

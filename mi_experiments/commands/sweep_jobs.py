@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mi_experiments.composing import explain, from_hydra, to_plain
 from mi_experiments.config import Export
 from mi_experiments.errors import InputError
-from mi_experiments.naming import Choice, as_word, config_hash, job_name, read_choices
+from mi_experiments.naming import Choice, config_hash, digest, job_name, read_choices
 from mi_experiments.provenance import without_incidental
 from mi_experiments.scrubbing import scrub
 
@@ -167,10 +167,13 @@ class JobComposer:
 
         Raises:
             HydraException: there is no such file, or no such key.
+            InputError: a file that is swept over has a sweep of its own.
         """
         files = tuple(line for key, line in overrides.items() if key not in self.values)
         if files not in self.shared:
             whole = self.loader.load_sweep_config(self.master, list(files))
+            if whole.hydra.sweeper.params != self.master.hydra.sweeper.params:
+                raise InputError("a file that carries a sweep of its own cannot be swept over")
             keys = [key for key in map(str, whole) if key != "hydra"]
             shared = OmegaConf.masked_copy(whole, keys)
             OmegaConf.set_struct(shared, True)
@@ -200,7 +203,7 @@ def compose_job(
         composed = composer.compose(overrides)
         name = config_hash(_root_=composed)
     except (HydraException, OmegaConfBaseException) as error:
-        directory = as_word(" ".join(lines))[-80:]
+        directory = job_name(swept, digest(lines))
         return Job(directory, swept, lines, {}, refusal=explain(error))
     directory = taken.get(name) or job_name(swept, name)
     lines = (*lines, f"hydra.sweep.subdir={quote(directory)}")
