@@ -121,5 +121,14 @@ def is_incidental(key: str) -> bool:
 
 def digest(value: Any) -> str:
     """Return ten hexadecimal digits that stand for a JSON-ready value."""
-    text = json.dumps([NUMERICS_VERSION, value], sort_keys=True, default=str)
+    text = json.dumps([NUMERICS_VERSION, same_numbers(value)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def same_numbers(value: Any) -> Any:
+    """Write whole numbers alike: 4 and 4.0 are the same budget."""
+    if isinstance(value, Mapping):
+        return {key: same_numbers(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [same_numbers(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

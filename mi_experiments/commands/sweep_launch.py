@@ -86,6 +86,8 @@ class Launch:
         config = self.sweep.master.hydra
         # The basic launcher works in this process: a job at a time, so that between two of them
         # a wish to stop is granted, and the record is written.
+        # And each has the number that it has in the whole sweep, whatever is left to do.
+        numbers = [self.sweep.jobs.index(job) for job in jobs]
         alone = config.launcher.get("_target_") == BasicLauncherConf._target_
         size = 1 if alone else config.sweeper.max_batch_size or max(len(jobs), 1)
         for start in range(0, len(jobs), size):
@@ -94,7 +96,7 @@ class Launch:
             batch = jobs[start : start + size]
             if alone:
                 self.announce(batch[0], start + 1, len(jobs))
-            ends = launch_batch(launcher, batch, start)
+            ends = launch_batch(launcher, batch, numbers[start] if alone else start)
             for number, (job, end) in enumerate(zip(batch, ends, strict=True), start + 1):
                 self.note(job, end)
                 self.report(job, number, len(jobs))
