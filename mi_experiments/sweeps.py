@@ -106,7 +106,7 @@ def describe(outcome: Outcome, result: Result) -> Outcome:
         dense={name: text.perplexity for name, text in result.dense.items()},
         compressed={name: text.perplexity for name, text in result.compressed.items()},
         effective_bits=result.bits.effective if result.bits else None,
-        seconds=sum(result.seconds.values()),
+        seconds=sum(result.seconds.values(), 0.0),
     )
 
 
@@ -218,7 +218,7 @@ def read_experience(run_dir: Path, place: str) -> Experience | None:
         return Experience(
             model=(config["model"]["name"], config["model"]["path"]),
             tokens=config["dataset"]["nsamples"] * config["dataset"]["seqlen"],
-            seconds=sum(result.seconds.values()),
+            seconds=sum(result.seconds.values(), 0.0),
             bytes=sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()),
             place=place,
         )

@@ -149,15 +149,19 @@ class JobComposer:
 
     def is_value(self, key: str, choice: Choice) -> bool:
         """Tell whether a choice is of values that can be set last."""
-        if not choice.swept or not re.fullmatch(r"[\w.]+", key) or self.chooses_file(key):
+        if not choice.swept or not re.fullmatch(r"[\w.]+", key) or self.chooses_file(key, choice):
             return False
-        above, below = f"{key}.", [f"{other}." for other in self.choices if other != key]
-        touching = [other for other in below if other.startswith(above) or above.startswith(other)]
-        return all(self.chooses_file(other[:-1]) for other in touching)
+        own = f"{key}."
+        return all(
+            other == key
+            or self.chooses_file(other, of_other)
+            or not (own.startswith(f"{other}.") or f"{other}.".startswith(own))
+            for other, of_other in self.choices.items()
+        )
 
-    def chooses_file(self, key: str) -> bool:
-        """Tell whether a key is a group of config files."""
-        return bool(self.loader.get_group_options(key))
+    def chooses_file(self, key: str, choice: Choice) -> bool:
+        """Tell whether values name config files; those of a group may be a whole dictionary."""
+        return bool(self.loader.get_group_options(key)) and "{" not in "".join(choice.values)
 
     def compose(self, overrides: Mapping[str, str]) -> DictConfig:
         """Compose one job, without Hydra's own config.
