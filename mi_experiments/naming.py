@@ -17,6 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from mi_experiments.provenance import INCIDENTAL, NUMERICS_VERSION, without_incidental
 
+HASH = 10
+"""Hexadecimal digits of a hash, at the end of a name."""
+
 READABLE = 60
 """Most characters of a job's name before its hash."""
 
@@ -122,7 +125,7 @@ def is_incidental(key: str) -> bool:
 def digest(value: Any) -> str:
     """Return ten hexadecimal digits that stand for a JSON-ready value."""
     text = json.dumps([NUMERICS_VERSION, same_numbers(value)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return hashlib.sha256(text.encode()).hexdigest()[:HASH]
 
 
 def same_numbers(value: Any) -> Any:

@@ -91,7 +91,7 @@ def test_the_record_of_a_sweep_is_what_its_table_shows(tmp_path: Path) -> None:
 
 
 def run_of(tokens: int, seconds: float, size: int, place: str = "this sweep") -> Experience:
-    return Experience(("local", "models/a"), tokens, seconds, size, place)
+    return Experience(("local", "models/a"), tokens, float(seconds), size, place)
 
 
 def jobs_of(*nsamples: int) -> list[dict[str, object]]:
@@ -99,12 +99,8 @@ def jobs_of(*nsamples: int) -> list[dict[str, object]]:
 
 
 def test_estimates_are_means_of_the_nearest_runs() -> None:
-    runs = [
-        run_of(64, 1, 10),
-        run_of(64, 3, 30),
-        run_of(640, 100, 500),
-        run_of(64, 9, 9, "outputs"),
-    ]
+    runs = [run_of(64, 1, 10), run_of(64, 3, 30), run_of(640, 100, 500)]
+    runs.append(run_of(64, 9, 9, "outputs"))
     expected = estimate(jobs_of(1, 2, 9), runs)  # 64, 128 and 576 tokens
     assert expected is not None
     assert (expected.seconds, expected.bytes) == (2 + 2 + 100, 20 + 20 + 500)
@@ -131,9 +127,9 @@ def test_experience_is_that_of_finished_runs(tmp_path: Path) -> None:
 
 
 def test_a_held_sweep_is_refused_and_says_by_whom(tmp_path: Path) -> None:
-    with hold(tmp_path), pytest.raises(InputError, match=f"process {os.getpid()} on "):
-        with hold(tmp_path):
-            pass
+    held = pytest.raises(InputError, match=f"process {os.getpid()} on ")
+    with hold(tmp_path), held, hold(tmp_path):
+        pass
     with hold(tmp_path):
         pass
 

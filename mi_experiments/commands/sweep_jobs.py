@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mi_experiments.composing import explain, from_hydra, to_plain
 from mi_experiments.config import Export
 from mi_experiments.errors import InputError
-from mi_experiments.naming import Choice, config_hash, digest, job_name, read_choices
+from mi_experiments.naming import HASH, Choice, config_hash, digest, job_name, read_choices
 from mi_experiments.provenance import without_incidental
 from mi_experiments.scrubbing import scrub
 
@@ -101,13 +101,13 @@ def read_sweep(hydra: Hydra, args: argparse.Namespace, master: DictConfig) -> Sw
     composer = JobComposer(hydra, master)
     axes = {k: choice.values for k, choice in composer.choices.items() if len(choice.values) > 1}
     directory = Path(master.hydra.sweep.dir)
-    taken = {path.name[-10:]: path.name for path in directory.glob("*") if path.is_dir()}
+    taken = {path.name[-HASH:]: path.name for path in directory.glob("*") if path.is_dir()}
     jobs: dict[str, Job] = {}
     combinations = list(combine(composer.choices))
     for overrides_of_job, values in combinations:
         swept = {key: value for key, value in values.items() if key in axes}
         job = compose_job(composer, overrides_of_job, swept, taken)
-        first = jobs.setdefault(job.directory, job)
+        first = jobs.setdefault(job.directory[-HASH:], job)
         if first.config != job.config:
             raise InputError(
                 f"{show(first.swept)} and {show(job.swept)} compute the same numbers: what differs "

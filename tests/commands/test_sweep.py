@@ -263,7 +263,7 @@ def test_a_job_whose_directory_is_in_use_fails_alone(
     first = Path("s", read_sweep(Path("s"))["jobs"][0]["directory"])
     (first / "result.json").unlink()
     holder = subprocess.Popen(
-        ["flock", "--exclusive", str(first / "run.lock"), "sh", "-c", "echo held; exec sleep 60"],
+        ["flock", "--no-fork", str(first / "run.lock"), "sh", "-c", "echo held; exec sleep 60"],
         stdout=subprocess.PIPE,
     )
     assert holder.stdout is not None
