@@ -87,15 +87,14 @@ def read_outcome(before: Outcome, sweep_dir: Path, seen: int | None, end: JobEnd
         if end is None or end.error is None or end.exit_code == 75:
             return replace(before, log=log)
         return replace(before, status="failed", error=end.error, log=log, exit_code=end.exit_code)
-    status = {"completed": "done", "interrupted": "interrupted", "failed": "failed"}
-    outcome = replace(
-        describe(before, result), status=status.get(result.status, "interrupted"), log=log
-    )
-    if result.status == "running":
-        return replace(outcome, error="its process ended without a word", exit_code=1)
-    if end is None:
-        return replace(outcome, exit_code=0 if outcome.status == "done" else 1)
-    return replace(outcome, error=end.error or outcome.error, exit_code=end.exit_code)
+    outcome = replace(describe(before, result), log=log)
+    if result.status == "completed":
+        return replace(outcome, status="done", exit_code=0)
+    outcome = replace(outcome, status="failed" if result.status == "failed" else "interrupted")
+    if end is not None and end.error is not None:
+        return replace(outcome, error=end.error, exit_code=end.exit_code)
+    lost = outcome.error or "its process ended without a word"
+    return replace(outcome, error=lost, exit_code=1)
 
 
 def describe(outcome: Outcome, result: Result) -> Outcome:
