@@ -55,7 +55,7 @@ def test_an_outcome_has_the_numbers_of_the_record(tmp_path: Path) -> None:
 def test_what_became_of_a_job_that_did_not_complete(
     tmp_path: Path, status: str, end: JobEnd | None, expected: tuple[str, str, int]
 ) -> None:
-    make_broken_run(tmp_path / "job", status, "as recorded")
+    make_broken_run(tmp_path / "job", status, None if status == "running" else "as recorded")
     outcome = read_outcome(WAITING, tmp_path, None, end)
     assert (outcome.status, outcome.error, outcome.exit_code) == expected
 
