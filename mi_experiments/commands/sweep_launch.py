@@ -86,28 +86,28 @@ class Launch:
         config = self.sweep.master.hydra
         # The basic launcher works in this process: a job at a time, so that between two of them
         # a wish to stop is granted, and the record is written.
-        # And each has the number that it has in the whole sweep, whatever is left to do.
-        numbers = [self.sweep.jobs.index(job) for job in jobs]
         alone = config.launcher.get("_target_") == BasicLauncherConf._target_
         size = 1 if alone else config.sweeper.max_batch_size or max(len(jobs), 1)
         for start in range(0, len(jobs), size):
             if self.stop.received:
                 return
             batch = jobs[start : start + size]
-            if alone:
-                self.announce(batch[0], start + 1, len(jobs))
-            ends = launch_batch(launcher, batch, numbers[start] if alone else start)
-            for number, (job, end) in enumerate(zip(batch, ends, strict=True), start + 1):
+            if alone and self.console.is_terminal:
+                self.say(batch[0])
+            # A job alone has the number that it has in the whole sweep, whatever is left to do.
+            first = self.sweep.jobs.index(batch[0]) if alone else start
+            ends = launch_batch(launcher, batch, first)
+            for job, end in zip(batch, ends, strict=True):
                 self.note(job, end)
-                self.report(job, number, len(jobs))
+                self.say(job)
             self.write("running")
 
-    def announce(self, job: Job, number: int, total: int) -> None:
-        """Say what begins, where a person is looking."""
-        if self.console.is_terminal:
-            left = expect(self.sweep, list(self.outcomes.values()), self.runs)
-            outcome = self.outcomes[job.directory]
-            print_job(number, total, outcome, self.elapsed, left, self.console)
+    def say(self, job: Job) -> None:
+        """Say in a line which job it is, what became of it, and how long the others will take."""
+        number, total = self.sweep.jobs.index(job) + 1, len(self.sweep.jobs)
+        left = expect(self.sweep, list(self.outcomes.values()), self.runs)
+        outcome = self.outcomes[job.directory]
+        print_job(number, total, outcome, self.elapsed, left, self.console)
 
     def note(self, job: Job, end: JobEnd | None) -> None:
         """Keep what became of a job."""
@@ -120,12 +120,6 @@ class Launch:
         run = read_experience(self.sweep.directory / job.directory, "this sweep")
         if run is not None:
             self.runs.insert(0, run)
-
-    def report(self, job: Job, number: int, total: int) -> None:
-        """Say in a line what became of a job."""
-        outcome = self.outcomes[job.directory]
-        left = expect(self.sweep, list(self.outcomes.values()), self.runs)
-        print_job(number, total, outcome, self.elapsed, left, self.console)
 
     @property
     def elapsed(self) -> float:
