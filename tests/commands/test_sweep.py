@@ -85,9 +85,10 @@ def completed(root: Path) -> int:
     return sum('"status": "completed"' in record for record in records)
 
 
-def committed_blocks(root: Path) -> int:
-    """Count the blocks that are compressed, and written, of runs that go on."""
-    return len(list(root.rglob("reports/*")))
+def has_compressed(root: Path) -> bool:
+    """Tell whether a run that goes on has compressed a block, and written it."""
+    going_on = [p for p in root.rglob("result.json") if '"status": "running"' in p.read_text()]
+    return any(True for path in going_on for _ in path.parent.glob("reports/*"))
 
 
 # Names
@@ -329,7 +330,7 @@ def kill_and_continue(root: Path, command: list[str]) -> None:
     (root / "sweeps").rename(root / "unbroken")
     broken = start(root, *command)
     sweeps = root / "sweeps"
-    wait_until(lambda: completed(sweeps) >= 5 and committed_blocks(sweeps) > 0, broken)
+    wait_until(lambda: completed(sweeps) >= 5 and has_compressed(sweeps), broken)
     os.killpg(broken.pid, signal.SIGKILL)
     broken.communicate()
     finished = identities(sweeps)
