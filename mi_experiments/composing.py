@@ -61,6 +61,8 @@ def refuse_targets(composed: DictConfig) -> None:
 
 def explain(error: Exception) -> str:
     """Say in one line which key is wrong, its value, and what is allowed."""
+    if not str(error) and isinstance(error.__cause__, Exception):
+        return explain(error.__cause__)
     key = getattr(error, "full_key", None) or ""
     text = str(getattr(error, "msg", None) or error)
     first = text.splitlines()[0].strip()

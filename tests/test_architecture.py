@@ -62,6 +62,8 @@ MAY_WRITE = {
     "llm/activations.py": {"from_file"},
     # The lock, which holds nothing, and the log, which only grows.
     "commands/run.py": {"open", "FileHandler"},
+    # The lock of a sweep, which only says who holds it.
+    "sweeps.py": {"open"},
     # Figures, into a folder that the user names, drawn again in seconds.
     "views/plots.py": {"savefig"},
     # To the server of Weights & Biases.

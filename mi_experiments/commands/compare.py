@@ -35,7 +35,7 @@ SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".tex": "la
             ".json": "json", ".txt": "table"}  # fmt: skip
 EXAMPLES = """\
 examples:
-  mi-compare sweeps/2026-01-31                          what varies, and the results
+  mi-compare sweeps/embedded-0123456789                  what varies, and the results
   mi-compare sweeps --where "wbits.average <= 4 and n_groups.grouping in ['random', 'energy']"
   mi-compare sweeps --over seed --sort excess           means with 95 % t intervals
   mi-compare sweeps --baseline grouping=random --over seed      paired differences of excess
