@@ -61,6 +61,8 @@ class LinearReport:
             16 bits a weight.
         plan_damping: share that was added to the dense model's Hessian, which groups and prices
             come from; None if that was not measured.
+        stability: adjusted Rand index between the groups that two halves of the calibration tokens
+            give; None where groups do not come from tokens.
         retries: how often memory was short while its site was measured or it was compressed, and
             the work was done again in smaller pieces; of sites measured together, the first counts.
     """
@@ -90,6 +92,7 @@ class LinearReport:
     plan_damping: float | None = None
     retries: int = 0
     all_tokens: bool = False
+    stability: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -212,6 +215,7 @@ class Result:
         dropped: calibration samples that were left out, and in what they were not finite; messages
             of later phases count the samples that are left.
         retries: how often memory was short and work was done again in smaller pieces.
+        stability: mean of that of the linears, by their weights; None where none has one.
     """
 
     status: str
@@ -230,6 +234,7 @@ class Result:
     statuses: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     retries: int = 0
+    stability: float | None = None
 
 
 def write_result(result: Result, run_dir: Path) -> None:
@@ -273,6 +278,7 @@ LINEAR_SCHEMA = pa.schema([
     ("plan_damping", pa.float64()),
     ("retries", pa.int64()),
     ("all_tokens", pa.bool_()),
+    ("stability", pa.float64()),
 ])
 TIMING_SCHEMA = pa.schema([("name", pa.string()), ("seconds", pa.float64())])
 
