@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mi_experiments.atomic import write_atomically
+from mi_experiments.candidates import SafetyNet
 
 RESULT = "result.json"
 LINEARS = "linears.parquet"
@@ -216,6 +217,7 @@ class Result:
             of later phases count the samples that are left.
         retries: how often memory was short and work was done again in smaller pieces.
         stability: mean of that of the linears, by their weights; None where none has one.
+        safety_net: what it compared and kept; None without one.
     """
 
     status: str
@@ -235,6 +237,7 @@ class Result:
     dropped: dict[str, str] = field(default_factory=dict)
     retries: int = 0
     stability: float | None = None
+    safety_net: SafetyNet | None = None
 
 
 def write_result(result: Result, run_dir: Path) -> None:
@@ -250,7 +253,8 @@ def read_result(run_dir: Path) -> Result:
         data[key] = {name: Evaluation(**entry) for name, entry in data[key].items()}
     data["provenance"] = data["provenance"] and Provenance(**data["provenance"])
     data["bits"] = data["bits"] and Bits(**data["bits"])
-    return Result(**data)
+    net = data.get("safety_net")
+    return Result(**{**data, "safety_net": net and SafetyNet.from_json(net)})
 
 
 LINEAR_SCHEMA = pa.schema([

@@ -279,6 +279,9 @@ def summary_of(result: Result) -> dict[str, Any]:
     """Return the numbers of a run as flat keys, those that are known."""
     summary = {"status": result.status, "error": scrub(result.error), "sparsity": result.sparsity}
     summary["stability"] = result.stability
+    if net := result.safety_net:
+        summary["safety_net/kept"] = net.kept
+        summary |= {f"safety_net/{name}/kl": entry.kl for name, entry in net.candidates.items()}
     for phase, texts in (("dense", result.dense), ("compressed", result.compressed)):
         summary |= {f"{phase}/{name}/perplexity": e.perplexity for name, e in texts.items()}
     if result.bits is not None:
