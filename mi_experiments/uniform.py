@@ -1,5 +1,6 @@
 """The uniform alternative to a mixed plan: what the same budget buys without a measurement."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
@@ -24,34 +25,36 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
 
     Every linear has as many groups as in the mixed plan, of contiguous channels, so that it stores
     as many scales and the same index. Where the requested average is a width, all groups have it.
-    Otherwise the first groups of each linear have the width above and the others the one below, as
-    many as the linear's own budget pays; what a linear leaves goes to the next one of the same
-    scope. With one group a linear that means whole linears.
+    Otherwise the budget is what the mixed plan really spends: the first groups of each linear have
+    the width above its average and the others the one below, as many as the linear's even share
+    pays; what a linear leaves goes to the next one of the same scope. With one group a linear that
+    means whole linears.
 
     Args:
         plan: mixed.
         config: of the run.
 
     Returns:
-        A plan with the same linears, sparsity and requested average, which it meets in every scope.
+        A plan with the same linears, sparsity and requested average.
     """
-    requested = Fraction(plan.requested)
-    widths = config.wbits.candidate_widths()
-    low = max(width for width in widths if width <= requested)
-    high = min((width for width in widths if width >= requested), default=low)
+    members = {name: scope_of(name, linear, config) for name, linear in plan.linears.items()}
+    averages = scope_averages(plan, members, config)
     spare: dict[object, Fraction] = {}
     linears: dict[str, LinearPlan] = {}
     for name, linear in plan.linears.items():
-        members = {Scope.linear: name, Scope.site: linear.site, Scope.model: None}
-        scope = members[config.wbits.scope]
-        budget = requested * linear.rows * linear.columns + spare.get(scope, Fraction(0))
+        scope, average = members[name], averages[members[name]]
+        low = max(width for width in config.wbits.candidate_widths() if width <= average)
+        above = [width for width in config.wbits.candidate_widths() if width > average]
+        high = min(above, default=low)
+        budget = average * linear.rows * linear.columns + spare.get(scope, Fraction(0))
         groups = int(linear.channel_group.max()) + 1
-        unit = group_unit(linear.columns, groups, config.n_groups.multiple)
-        above = channels_above(budget, linear, low, high, unit)
-        spare[scope] = budget - linear.rows * (low * linear.columns + (high - low) * above)
-        group = contiguous_groups(linear.columns, above, groups, config.n_groups.multiple)
+        multiple = config.n_groups.multiple
+        unit = group_unit(linear.columns, groups, multiple)
+        raised = channels_above(budget, linear, low, high, unit)
+        spare[scope] = budget - linear.rows * (low * linear.columns + (high - low) * raised)
+        group = contiguous_groups(linear.columns, raised, groups, multiple)
         bits = torch.full((linear.columns,), low, dtype=torch.uint8)
-        bits[:above] = high
+        bits[:raised] = high
         linears[name] = replace(
             linear,
             channel_group=group,
@@ -61,6 +64,27 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
     # Groups that no token has a part in are not stable or unstable.
     information = {site: replace(i, stability=None) for site, i in plan.information.items()}
     return replace(plan, linears=linears, information=information)
+
+
+def scope_of(name: str, linear: LinearPlan, config: Config) -> object:
+    """Name the budget that a linear draws from."""
+    return {Scope.linear: name, Scope.site: linear.site, Scope.model: None}[config.wbits.scope]
+
+
+def scope_averages(
+    plan: Plan, members: Mapping[str, object], config: Config
+) -> dict[object, Fraction]:
+    """Return the average width that each budget pays for."""
+    if plan.requested in config.wbits.candidate_widths():
+        return dict.fromkeys(members.values(), Fraction(plan.requested))
+    spent: dict[object, int] = {}
+    weights: dict[object, int] = {}
+    for name, linear in plan.linears.items():
+        scope = members[name]
+        bits = linear.rows * int(linear.bits.sum(dtype=torch.int64))
+        spent[scope] = spent.get(scope, 0) + bits
+        weights[scope] = weights.get(scope, 0) + linear.rows * linear.columns
+    return {scope: Fraction(spent[scope], weights[scope]) for scope in spent}
 
 
 def group_unit(columns: int, groups: int, multiple: int) -> int:
@@ -80,12 +104,12 @@ def channels_above(budget: Fraction, linear: LinearPlan, low: int, high: int, un
 
 
 def contiguous_groups(
-    columns: int, above: int, groups: int, multiple: int
+    columns: int, border: int, groups: int, multiple: int
 ) -> Int[Tensor, "columns"]:
-    """Return groups of contiguous channels, as equal as they can be with a border at `above`."""
+    """Return groups of contiguous channels, as equal as they can be with that border."""
     sizes = group_sizes(columns, groups, multiple)
-    if 0 < above < columns:
-        first = min(max(round(groups * above / columns), 1), groups - 1)
-        sizes = group_sizes(above, first, multiple)
-        sizes += group_sizes(columns - above, groups - first, multiple)
+    if 0 < border < columns:
+        first = min(max(round(groups * border / columns), 1), groups - 1)
+        sizes = group_sizes(border, first, multiple)
+        sizes += group_sizes(columns - border, groups - first, multiple)
     return torch.arange(groups, dtype=torch.int32).repeat_interleave(torch.tensor(sizes))
