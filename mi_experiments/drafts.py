@@ -32,6 +32,7 @@ from mi_experiments.method.pruning import (
     possible_parts,
     pruning_costs,
 )
+from mi_experiments.method.stability import split_half_stability
 from mi_experiments.method_config import UNQUANTIZED, Allocation, Cost, DeadChannels, OnSingular
 from mi_experiments.shortage import give_back
 
@@ -139,6 +140,7 @@ def draft_site(
         summary = summarize(matrix, noise, factor, groups.estimator)
     # An expert without tokens that is to stay as it is has nothing to be grouped by.
     measured = hessian is not None or groups.grouping in UNMEASURED
+    energy = sum_energy(site) if hessian is not None else None
     channel_group = group_channels(
         groups.grouping if measured else Grouping.contiguous,
         groups.count,
@@ -146,10 +148,23 @@ def draft_site(
         hessian=hessian,
         factor=factor,
         information=matrix,
-        weights_energy=sum_energy(site) if hessian is not None else None,
+        weights_energy=energy,
         seed=groups.seed,
         multiple=groups.multiple,
     )
+    if hessian is not None and summary is not None:
+        del matrix
+        stability = split_half_stability(
+            groups.grouping,
+            groups.count,
+            hessian.sample,
+            estimator=groups.estimator,
+            damping=config.recipe.damping,
+            weights_energy=energy,
+            seed=groups.seed,
+            multiple=groups.multiple,
+        )
+        summary = dataclasses.replace(summary, stability=stability)
     name = f"{block.name}.{site.name}"
     mixed = config.wbits.allocation is Allocation.mixed
     drafts = []

@@ -23,10 +23,17 @@ from mi_experiments.record import Result
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
 from mi_experiments.reuse import Reuse, computed_by
+from mi_experiments.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import PARTS, StoredModel, tidy
-from mi_experiments.texts import calibration_sequences, evaluation_texts, find_texts
+from mi_experiments.texts import (
+    calibration_sequences,
+    evaluation_texts,
+    find_texts,
+    held_out_sequences,
+)
 from mi_experiments.tracking import Tracker
+from mi_experiments.uniform import has_safety_net
 from mi_experiments.verdict import check_fallbacks
 
 
@@ -88,7 +95,7 @@ def compute(
     with recorder.phase("plan"):
         plan = make_plan(run)
     with recorder.phase("compress"):
-        compress(run, plan)
+        (compress_safely if has_safety_net(config) else compress)(run, plan)
     with recorder.phase("evaluate compressed"):
         evaluate(run, "compressed", run.stored.weights)
     if config.export is Export.dense:
@@ -122,11 +129,12 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
+    held_out = held_out_sequences(opened.tokenizer, config) if has_safety_net(config) else None
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
     hashes = {text.name: text.sha256 for text in texts}
     begun = fingerprint(config, provenance, hashes)
-    commits = Commits(recorder.run_dir, begun, (PLAN, *PARTS))
+    commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
     recorder.open()
     recorder.update(provenance=provenance)
     computed = computed_by(opened, provenance, config.model.blocks)
@@ -135,6 +143,7 @@ def open_run(
         opened=opened,
         texts=texts,
         calibration=calibration,
+        held_out=held_out,
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
         memory=memory,

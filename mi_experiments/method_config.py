@@ -230,6 +230,7 @@ class RecipeConfig:
     dead_channels: DeadChannels
     min_tokens: int
     scarce_tokens: ScarceTokens
+    safety_net: bool
 
     def __post_init__(self) -> None:
         """Check ranges."""

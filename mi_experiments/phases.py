@@ -1,7 +1,7 @@
 """The phases of a run: each takes up what was finished earlier, and commits what it does."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from jaxtyping import Int
@@ -39,6 +39,8 @@ class Run:
         opened: model, tokenizer, and the original weights by block.
         texts: for evaluation.
         calibration: token ids.
+        held_out: token ids of the same text on which nothing is measured; None without a safety
+            net.
         commits: what is finished.
         stored: the compressed blocks.
         memory: what lives where.
@@ -54,6 +56,7 @@ class Run:
     opened: OpenModel
     texts: Sequence[EvaluationText]
     calibration: Int[Tensor, "nsamples seqlen"]
+    held_out: Int[Tensor, "sequences seqlen"] | None
     commits: Commits
     stored: StoredModel
     memory: MemoryPlan
@@ -182,14 +185,36 @@ def make_plan(run: Run) -> Plan:
 
 
 def compress(run: Run, plan: Plan) -> None:
-    """Compress the model, and store each block when it is finished."""
-    count = len(run.opened.weights.blocks)
-    finished = [block for block in range(count) if run.stored.find(block)]
-    with run.progress.task("compress", total=len(plan.linears)) as advance:
+    """Compress the model, store each block when it is finished, and record every linear."""
+    compress_blocks(run, plan, run.stored, lambda report: keep(run, report))
+    conclude(run, plan)
 
-        def record(report: LinearReport) -> None:
-            run.recorder.linears.append(report)
-            run.tracker.log_linear(report)
+
+def keep(run: Run, report: LinearReport) -> None:
+    """Take a linear into the records of the run."""
+    run.recorder.linears.append(report)
+    run.tracker.log_linear(report)
+
+
+def compress_blocks(
+    run: Run,
+    plan: Plan,
+    stored: StoredModel,
+    record: Callable[[LinearReport], None],
+    title: str = "compress",
+) -> None:
+    """Compress all blocks by a plan, but for those that are stored already.
+
+    Args:
+        run: whose model it is.
+        plan: groups and widths of every linear.
+        stored: receives each block when it is finished.
+        record: called for each linear, in order, now or from an earlier process.
+        title: of the bar.
+    """
+    count = len(run.opened.weights.blocks)
+    finished = [block for block in range(count) if stored.find(block)]
+    with run.progress.task(title, total=len(plan.linears)) as advance:
 
         def on_linear(report: LinearReport) -> None:
             record(report)
@@ -199,7 +224,7 @@ def compress(run: Run, plan: Plan) -> None:
             )
 
         def recall(block: int) -> None:
-            for report in run.stored.reports(block):
+            for report in stored.reports(block):
                 record(report)
                 advance(f"block {block}: finished earlier")
 
@@ -207,7 +232,7 @@ def compress(run: Run, plan: Plan) -> None:
             run.stop.check()
             if block not in finished:
                 return False
-            run.stored.weights.load(block)
+            stored.weights.load(block)
             recall(block)
             return True
 
@@ -228,7 +253,11 @@ def compress(run: Run, plan: Plan) -> None:
                 recall(block)
         else:
             for compressed in blocks:
-                run.stored.store(compressed)
+                stored.store(compressed)
+
+
+def conclude(run: Run, plan: Plan) -> None:
+    """Record what all linears together are, and hold the model to its budget."""
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
     run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)

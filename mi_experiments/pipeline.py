@@ -251,6 +251,7 @@ def compress_linear(
         damping=statistics.factor.damping if statistics.factor else None,
         damping_attempts=statistics.attempts,
         plan_damping=information.damping if information else None,
+        stability=information.stability if information else None,
         dead_channels=int(statistics.hessian.dead.sum()),
         tokens=statistics.tokens,
         all_tokens=statistics.hessian.tokens > statistics.tokens,

@@ -167,7 +167,12 @@ class Commits:
             path = self.run_dir / name
             path.unlink(missing_ok=True)
             damaged_sibling(path).unlink(missing_ok=True)
-        for folder in folders:
+        emptied = {
+            Path(*parts[:depth])
+            for parts in (Path(name).parts for name in self.files.keys() - kept.keys())
+            for depth in range(1, len(parts))
+        }
+        for folder in sorted(emptied, key=lambda folder: (-len(folder.parts), folder)):
             # One that holds anything else stays.
             with suppress(OSError):
                 (self.run_dir / folder).rmdir()

@@ -38,6 +38,7 @@ METRICS = (
     "total_correlation",
     "pairwise_information",
     "redundancy",
+    "stability",
     "seconds",
 )
 """What is drawn over the linears and over the blocks."""
@@ -310,6 +311,10 @@ def sweep_name(sweep_dir: Path) -> str:
 def summary_of(result: Result) -> dict[str, Any]:
     """Return the numbers of a run as flat keys, those that are known."""
     summary = {"status": result.status, "error": scrub(result.error), "sparsity": result.sparsity}
+    summary["stability"] = result.stability
+    if net := result.safety_net:
+        summary["safety_net/kept"] = net.kept
+        summary |= {f"safety_net/{name}/kl": entry.kl for name, entry in net.candidates.items()}
     for phase, texts in (("dense", result.dense), ("compressed", result.compressed)):
         summary |= {f"{phase}/{name}/perplexity": e.perplexity for name, e in texts.items()}
     if result.bits is not None:

@@ -57,11 +57,14 @@ def totals(linears: Sequence[LinearReport], plan: Plan) -> dict[str, Any]:
     Raises:
         AuditError: the compressed linears took more than their share of the budget.
     """
+    stabilities = {x.name: x.stability for x in linears if x.stability is not None}
+    grouped = [linear for linear in linears if linear.name in stabilities]
     return {
         "bits": check_budget(linears, plan),
         "sparsity": check_sparsity(linears, plan),
         "weights": sum(linear.weights for linear in linears),
         "statuses": dict(Counter(linear.status for linear in linears)),
+        "stability": weighted_mean(grouped, stabilities) if grouped else None,
     }
 
 
