@@ -68,7 +68,7 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
 
 def scope_of(name: str, linear: LinearPlan, config: Config) -> object:
     """Name the budget that a linear draws from."""
-    return {Scope.linear: name, Scope.site: linear.site, Scope.model: None}[config.wbits.scope]
+    return {Scope.linear: name, Scope.site: linear.site, Scope.model: None}[config.bit_scope]
 
 
 def scope_averages(

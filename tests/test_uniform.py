@@ -37,7 +37,7 @@ def mixed_plan(groups: int, average: float, widths: tuple[int, ...] = (3, 4)) ->
         linears[name] = LinearPlan(
             block=int(name > "b"), site=name[:3].replace("k", "q"), rows=rows, columns=columns,
             channel_group=group, bits=torch.tensor(of_group, dtype=torch.uint8)[group.long()],
-            scale_group=scale_groups(group, None),
+            scale_group=scale_groups(group, None), sparsity=Sparsity(0.5),
         )  # fmt: skip
     summary = InformationSummary(0.1, 1.0, 0.0, 0.01, 3.0, 0.5, "copula", 0.1, 0.3)
     return Plan(linears, {"a.q": summary}, Sparsity(0.5, 0, 0), average)
