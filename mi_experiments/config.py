@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import require
+from mi_experiments.expected_config import ExpectedConfig
 from mi_experiments.llm.activations import Place
 from mi_experiments.method_config import (
     NGroupsConfig,
@@ -128,6 +129,7 @@ class Config:
     export: Export
     dry_run: bool
     resume: str | None
+    expected: ExpectedConfig | None
 
     def __post_init__(self) -> None:
         """Check what the parts say of each other."""
