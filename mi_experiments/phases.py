@@ -214,5 +214,9 @@ def compress(run: Run, plan: Plan) -> None:
                 run.stored.store(compressed)
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
-    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
+    run.recorder.update(
+        **totals(run.recorder.linears, plan),
+        coverage=inventory.coverage,
+        compressed_sha256=run.stored.sha256(),
+    )
     run.commits.adopt(LINEARS)

@@ -212,6 +212,7 @@ class Result:
         dropped: calibration samples that were left out, and in what they were not finite; messages
             of later phases count the samples that are left.
         retries: how often memory was short and work was done again in smaller pieces.
+        compressed_sha256: of all compressed blocks; None until there are all.
     """
 
     status: str
@@ -230,6 +231,7 @@ class Result:
     statuses: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     retries: int = 0
+    compressed_sha256: str | None = None
 
 
 def write_result(result: Result, run_dir: Path) -> None:

@@ -5,6 +5,7 @@ are finished; the compressed model is evaluated from these files, and an export 
 with the rest of the model beside them. What is stored is what is evaluated.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,6 +86,12 @@ class StoredModel:
         """Return the reports of a finished block."""
         rows = self.commits.read_json(self._names(block)[1]) or []
         return [LinearReport.from_json(row) for row in rows]
+
+    def sha256(self) -> str:
+        """Return one hash of the weights of all compressed blocks."""
+        names = [self._file(block + 1) for block in range(len(self.weights.blocks))]
+        hashes = [self.commits.files[name]["sha256"] for name in names]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
