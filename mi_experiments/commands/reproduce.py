@@ -257,7 +257,6 @@ def verdict_table(judgements: Sequence[Judgement]) -> Table:
 
 def markdown(judgements: Sequence[Judgement]) -> str:
     """Return the verdicts as a Markdown table, with source and reason."""
-    lines = ["| " + " | ".join([*HEADINGS, "why", "source"]) + " |", "|---" * 10 + "|"]
-    for judgement in judgements:
-        lines.append("| " + " | ".join([*cells(judgement), judgement.why, judgement.source]) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [[*HEADINGS, "why", "source"], ["---"] * (len(HEADINGS) + 2)]
+    rows += [[*cells(judgement), judgement.why, judgement.source] for judgement in judgements]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
