@@ -137,3 +137,21 @@ def test_the_embedded_run_is_what_was_pinned(
             main(["pinned/embedded", "--against", str(other)])
         assert left.value.code == 5
         assert f"not the same: {key}" in capsys.readouterr().out
+
+
+def test_a_wrong_dense_model_is_not_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = "expected.dense.values.embedded=4.0"
+    main(["pinned/embedded", "tracking=disabled", wrong, "--json", "v.json"])
+    (run_dir,) = Path("outputs").iterdir()
+    result = read_result(run_dir)
+    assert result.status == "failed"
+    assert set(result.dense) == {"embedded"}
+    assert result.compressed == {}
+    assert result.bits is None
+    assert "compress" not in result.seconds
+    compressed = json.loads(Path("v.json").read_text())[1]
+    assert compressed["verdict"] == NOT_RUN
+    assert compressed["why"].startswith("dense: embedded 5.07")
