@@ -19,6 +19,7 @@ from command_line import Ended, run_directories
 
 from mi_experiments import pipeline
 from mi_experiments.record import read_result
+from mi_experiments.run_table import read_runs
 
 MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
 AXES = ["dataset.nsamples=1,2,3,4", "seed=0,1,2"]
@@ -185,6 +186,10 @@ def test_jobs_that_cannot_run_are_named_and_the_others_run(
     assert "wbits.average=3.5 is not allowed: a whole number when uniform" in ended.err
     failed = [r for r in map(read_result, run_directories(Path("sweeps"))) if r.status == "failed"]
     assert [result.config["wbits"]["average"] for result in failed] == [3.5]
+    # It is a row of the comparison like all others.
+    rows = read_runs([Path("sweeps")]).set_index("wbits")
+    assert rows.loc[3.5, "status"] == "failed"
+    assert rows.loc[4.0, "status"] == "completed"
     # Where none can run, nothing is begun.
     ended = mi_run("-m", *local, "wbits.average=1,9", "hydra.sweep.dir=other")
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
