@@ -53,7 +53,7 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
         for phase, share in (("dense", DENSE), ("compressed", COMPRESSED))
     }
     expected = {
-        "source": f"{result.provenance.command}, {result.provenance.started}",
+        "source": f"{plain(result.provenance.command)}, {result.provenance.started}",
         **numbers,
         "fingerprint": fingerprint(result),
     }
@@ -61,6 +61,11 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
     text = OmegaConf.to_yaml(OmegaConf.create({**content, "expected": expected}))
     folder = conf / "experiment" / "pinned"
     folder.mkdir(parents=True, exist_ok=True)
-    header = f"# @package _global_\n# Written by mi-reproduce --pin {run_dir.name} {name}.\n"
+    header = f"# @package _global_\n# Written by mi-reproduce --pin RUN_DIR {name}.\n"
     write_atomically(folder / f"{name}.yaml", (header + text).encode())
     return folder / f"{name}.yaml"
+
+
+def plain(command: str) -> str:
+    """Return a command without what only says where its records go on this machine."""
+    return " ".join(part for part in command.split() if not part.startswith("hydra."))
