@@ -144,7 +144,8 @@ def test_samples_that_are_not_finite_are_left_out_of_everything(
     tokens = draw_tokens(3)
     monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: tokens)
     with pytest.raises(NumericalError, match=r"^block 0, mlp.down_proj: .* sample 3, token 7, "):
-        run([*asked, "dataset.on_nonfinite=error", "wbits.cost=relative"], tmp_path / "error")
+        alike = ["wbits.cost=relative", "sparsity.scope=linear"]  # so that the plan meets it
+        run([*asked, *alike, "dataset.on_nonfinite=error"], tmp_path / "error")
     result = run([*asked, "dataset.on_nonfinite=drop"], tmp_path / "drop")
     assert result.dropped == {"sample 3": "the output of model.layers.0"}
     kept = tokens[[0, 1, 2, 4, 5]]
