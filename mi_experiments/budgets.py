@@ -46,7 +46,7 @@ def allocate_widths(
         priced = [draft for draft in drafts if draft.prices is not None]
         shares: dict[object, list[DraftLinear]] = {}
         for tied in tie(priced) if wbits.tied else priced:
-            shares.setdefault(share(tied, config.bit_scope), []).append(tied)
+            shares.setdefault(share(tied.name, tied.site, config), []).append(tied)
         for members in shares.values():
             chosen |= allocate_share(members, config)
         if wbits.tied:
@@ -69,9 +69,9 @@ def tie(drafts: Sequence[DraftLinear]) -> list[DraftLinear]:
     return list(sites.values())
 
 
-def share(draft: DraftLinear, scope: Scope) -> object:
-    """Name the budget that a linear draws from."""
-    return {Scope.linear: draft.name, Scope.site: draft.site, Scope.model: None}[scope]
+def share(name: str, site: str, config: Config) -> object:
+    """Name the budget of bits that a linear draws from."""
+    return {Scope.linear: name, Scope.site: site, Scope.model: None}[config.bit_scope]
 
 
 def allocate_share(members: list[DraftLinear], config: Config) -> Mapping[str, Tensor]:

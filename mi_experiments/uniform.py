@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mi_experiments.budgets import share
 from mi_experiments.config import Config
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import group_sizes
-from mi_experiments.method_config import Allocation, Scope
+from mi_experiments.method_config import Allocation
 from mi_experiments.plan import LinearPlan, Plan
 
 
@@ -37,7 +38,7 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
     Returns:
         A plan with the same linears, sparsity and requested average.
     """
-    members = {name: scope_of(name, linear, config) for name, linear in plan.linears.items()}
+    members = {name: share(name, linear.site, config) for name, linear in plan.linears.items()}
     averages = scope_averages(plan, members, config)
     spare: dict[object, Fraction] = {}
     linears: dict[str, LinearPlan] = {}
@@ -64,11 +65,6 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
     # Groups that no token has a part in are not stable or unstable.
     information = {site: replace(i, stability=None) for site, i in plan.information.items()}
     return replace(plan, linears=linears, information=information)
-
-
-def scope_of(name: str, linear: LinearPlan, config: Config) -> object:
-    """Name the budget that a linear draws from."""
-    return {Scope.linear: name, Scope.site: linear.site, Scope.model: None}[config.bit_scope]
 
 
 def scope_averages(
