@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -115,13 +116,12 @@ def test_a_job_that_slurm_stops_is_requeued_and_goes_on(
         return [path.parents[1] for path in tmp_path.rglob("reports/*")]
 
     run_dir = wait_until(at_work, process)[0]
-    # The job at work has its directory's name among its overrides, and one job of an array its own
-    # number, which is the number of the run in the sweep.
+    # By its own number, not by its place in the array: scancel of SLURM 22.05 repeats a signal to
+    # that for half a minute, and so into the requeued job.
     (record,) = tmp_path.rglob("sweep.json")
     names = [job["directory"] for job in json.loads(record.read_text())["jobs"]]
-    queued = ask(slurm, "squeue", "--noheader", "--array", "--format=%F_%K").split()
-    array = queued[0].partition("_")[0]
-    job_id = f"{array}_{names.index(run_dir.name)}"
+    queued = ask(slurm, "squeue", "--noheader", "--array", "--format=%K %A").splitlines()
+    job_id = dict(line.split() for line in queued)[str(names.index(run_dir.name))]
     ask(slurm, "scancel", f"--signal={name}", job_id)
     # The block at work is finished, and the record says what stopped it.
     wait_until(lambda: f"stopped by {name}" in (run_dir / "run.log").read_text(), process)
@@ -130,3 +130,68 @@ def test_a_job_that_slurm_stops_is_requeued_and_goes_on(
     assert statuses(tmp_path) == ["done"] * 4
     assert json.loads((run_dir / "result.json").read_text())["resumed"] == 1
     assert artefacts(tmp_path) == basic
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_kills_loses_no_other(
+    tmp_path: Path, slurm: dict[str, str], basic: dict[str, Any]
+) -> None:
+    command = [*JOBS, *EMBEDDED, *SLURM]
+    process = subprocess.Popen(
+        [*MI_RUN, *command], cwd=tmp_path, env=slurm, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    lock = wait_until(lambda: list(tmp_path.rglob("run.lock")), process)[0]
+    wait_until(lambda: list(lock.parent.glob("reports/*")), process)
+    kill_holder(lock)
+    out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert sorted(statuses(tmp_path)) == ["done"] * 3 + ["interrupted"]
+    assert "its process ended without a result" in out
+    code, out = sweep(tmp_path, *command, env=slurm)
+    assert code == 0, out
+    assert sorted(statuses(tmp_path)) == ["done"] + ["skipped"] * 3
+    assert artefacts(tmp_path) == basic
+
+
+LOCAL = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit_local": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=30"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOCAL)
+def test_local_launchers_compute_the_same_bytes_and_lose_no_other_job(
+    tmp_path: Path, basic: dict[str, Any], name: str
+) -> None:
+    command = [*JOBS, *EMBEDDED, *LOCAL[name]]
+    process = subprocess.Popen(
+        [*MI_RUN, *command], cwd=tmp_path, env=environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    report = wait_until(lambda: list(tmp_path.rglob("reports/*")), process)[0]
+    kill_holder(report.parents[1] / "run.lock")
+    out, _ = process.communicate()
+    if name == "submitit_local":
+        assert process.returncode == 1, out
+        assert sorted(statuses(tmp_path)) == ["done"] * 3 + ["interrupted"]
+        assert "its process ended without a result" in out
+        code, out = sweep(tmp_path, *command)
+        assert code == 0, out
+    else:
+        # Its pool dies with one worker; what had not ended is launched again.
+        assert process.returncode == 0, out
+        assert statuses(tmp_path) == ["done"] * 4
+    assert artefacts(tmp_path) == basic
+
+
+def kill_holder(lock: Path) -> None:
+    """Kill the process that holds a run."""
+    inode = str(lock.stat().st_ino)
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[5].rpartition(":")[2] == inode:
+            os.kill(int(fields[4]), signal.SIGKILL)
+            return
+    raise AssertionError(f"nobody holds {lock}")

@@ -147,8 +147,8 @@ def tell_to_stop(job: Any, local: bool) -> None:
     if local:
         job._process.send_signal(signal.SIGTERM)
         return
-    for command in (["--state=PENDING"], ["--signal=USR1"]):
-        subprocess.run(["scancel", *command, job.job_id], capture_output=True, check=False)
+    # Cancelled, so that SLURM does not requeue it; until KillWait has passed it may end its block.
+    subprocess.run(["scancel", job.job_id], capture_output=True, check=False)
 
 
 def in_submitit_job() -> bool:
