@@ -145,7 +145,7 @@ def test_a_job_that_slurm_kills_loses_no_other(
     wait_until(lambda: list(lock.parent.glob("reports/*")), process)
     kill_holder(lock)
     out, _ = process.communicate()
-    assert process.returncode == 1, out
+    assert process.returncode == 75, out
     assert sorted(statuses(tmp_path)) == ["done"] * 3 + ["interrupted"]
     assert "its process ended without a result" in out
     code, out = sweep(tmp_path, *command, env=slurm)
@@ -174,7 +174,7 @@ def test_local_launchers_compute_the_same_bytes_and_lose_no_other_job(
     kill_holder(report.parents[1] / "run.lock")
     out, _ = process.communicate()
     if name == "submitit_local":
-        assert process.returncode == 1, out
+        assert process.returncode == 75, out
         assert sorted(statuses(tmp_path)) == ["done"] * 3 + ["interrupted"]
         assert "its process ended without a result" in out
         code, out = sweep(tmp_path, *command)
