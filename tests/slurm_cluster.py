@@ -113,7 +113,9 @@ def free_ports(number: int) -> list[int]:
 def running(folder: Path, environment: dict[str, str], *command: str) -> Iterator[None]:
     """Run a daemon in the foreground of a process of its own; it is gone at the end."""
     with (folder / f"{command[0]}.out").open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+        # Gone too if this process is killed, and ends nothing itself.
+        bound = ["setpriv", "--pdeathsig", "TERM", *command]
+        process = subprocess.Popen(bound, env=environment, stdout=out, stderr=out)
         try:
             yield
         finally:

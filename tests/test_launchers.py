@@ -116,13 +116,18 @@ def test_a_job_that_slurm_stops_is_requeued_and_goes_on(
         return [path.parents[1] for path in tmp_path.rglob("reports/*")]
 
     run_dir = wait_until(at_work, process)[0]
-    # By its own number, not by its place in the array: scancel of SLURM 22.05 repeats a signal to
-    # that for half a minute, and so into the requeued job.
+    # It goes no further until the signal has reached it.
+    worker = holder(run_dir / "run.lock")
+    os.kill(worker, signal.SIGSTOP)
+    # A step, not the job: scancel of SLURM 22.05 repeats a signal to a job of an array for half a
+    # minute, and so into the requeued job.
     (record,) = tmp_path.rglob("sweep.json")
     names = [job["directory"] for job in json.loads(record.read_text())["jobs"]]
     queued = ask(slurm, "squeue", "--noheader", "--array", "--format=%K %A").splitlines()
     job_id = dict(line.split() for line in queued)[str(names.index(run_dir.name))]
-    ask(slurm, "scancel", f"--signal={name}", job_id)
+    ask(slurm, "scancel", f"--signal={name}", f"{job_id}.0")
+    wait_until(lambda: has_pending(worker, signal.Signals[name]), process)
+    os.kill(worker, signal.SIGCONT)
     # The block at work is finished, and the record says what stopped it.
     wait_until(lambda: f"stopped by {name}" in (run_dir / "run.log").read_text(), process)
     out, _ = process.communicate()
@@ -143,7 +148,7 @@ def test_a_job_that_slurm_kills_loses_no_other(
     )  # fmt: skip
     lock = wait_until(lambda: list(tmp_path.rglob("run.lock")), process)[0]
     wait_until(lambda: list(lock.parent.glob("reports/*")), process)
-    kill_holder(lock)
+    os.kill(holder(lock), signal.SIGKILL)
     out, _ = process.communicate()
     assert process.returncode == 75, out
     assert sorted(statuses(tmp_path)) == ["done"] * 3 + ["interrupted"]
@@ -171,7 +176,7 @@ def test_local_launchers_compute_the_same_bytes_and_lose_no_other_job(
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     report = wait_until(lambda: list(tmp_path.rglob("reports/*")), process)[0]
-    kill_holder(report.parents[1] / "run.lock")
+    os.kill(holder(report.parents[1] / "run.lock"), signal.SIGKILL)
     out, _ = process.communicate()
     if name == "submitit_local":
         assert process.returncode == 75, out
@@ -186,12 +191,18 @@ def test_local_launchers_compute_the_same_bytes_and_lose_no_other_job(
     assert artefacts(tmp_path) == basic
 
 
-def kill_holder(lock: Path) -> None:
-    """Kill the process that holds a run."""
+def holder(lock: Path) -> int:
+    """Return the process that holds a run."""
     inode = str(lock.stat().st_ino)
     for line in Path("/proc/locks").read_text().splitlines():
         fields = line.split()
         if fields[5].rpartition(":")[2] == inode:
-            os.kill(int(fields[4]), signal.SIGKILL)
-            return
+            return int(fields[4])
     raise AssertionError(f"nobody holds {lock}")
+
+
+def has_pending(process: int, number: signal.Signals) -> bool:
+    """Tell whether a signal waits for a stopped process."""
+    status = Path(f"/proc/{process}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in status if line.startswith(("ShdPnd", "SigPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)

@@ -4,6 +4,7 @@ A run stops between blocks when it is asked to, so a job's process takes the sig
 would act on at once, and hands them back to submitit when the block is committed.
 """
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from omegaconf import DictConfig
 
 from mi_experiments.errors import ResumableError
 
+log = logging.getLogger(__name__)
+
 THREADS = "OMP_NUM_THREADS"
 """Where it is set, every job has as many, whatever launches it."""
 
@@ -29,12 +32,12 @@ POLL = 10.0
 def launcher_name(launcher: DictConfig) -> str:
     """Return `basic`, or the name by which Hydra's users choose a launcher."""
     target = str(launcher.get("_target_"))
-    named = {
-        BasicLauncherConf._target_: "basic",
-        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher": "submitit_local",
-        "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher": "submitit_slurm",
-    }
-    return named.get(target, target)
+    if BasicLauncherConf._target_ == target:
+        return "basic"
+    package = "hydra_plugins.hydra_submitit_launcher.submitit_launcher"
+    submitit = {f"{package}.LocalLauncher": "submitit_local"}
+    submitit |= {f"{package}.SlurmLauncher": "submitit_slurm"}
+    return submitit.get(target, target)
 
 
 def threads_of_job(launcher: DictConfig, at_once: int) -> int | None:
@@ -94,17 +97,22 @@ def every_result(stopped: Callable[[], str | None]) -> Iterator[None]:
     """
     try:
         from submitit.core.core import Job
+        from submitit.core.utils import UncompletedJobError
     except ImportError:
         yield
         return
     original = Job.results
 
     def results(job: Any) -> list[JobReturn]:
-        wait_for(job, stopped)
-        if job.paths.result_pickle.exists():
-            returned: list[JobReturn] = original(job)
-            return returned
-        died = ChildProcessError(f"its process ended without a result, see {job.paths.stderr}")
+        line = "its process ended without a result"
+        if wait_for(job, stopped):
+            try:
+                returned: list[JobReturn] = original(job)
+            except UncompletedJobError as error:
+                log.info("%s: %s", line, error)
+            else:
+                return returned
+        died = ChildProcessError(f"{line}, see {job.paths.stderr}")
         return [JobReturn(_return_value=died, status=JobStatus.FAILED)]
 
     setattr(Job, original.__name__, results)
@@ -114,22 +122,20 @@ def every_result(stopped: Callable[[], str | None]) -> Iterator[None]:
         setattr(Job, original.__name__, original)
 
 
-def wait_for(job: Any, stopped: Callable[[], str | None]) -> None:
-    """Wait until a job of submitit has a result, or will have none."""
+def wait_for(job: Any, stopped: Callable[[], str | None]) -> bool:
+    """Wait until a job of submitit has ended; returns whether submitit knows it."""
     local = hasattr(job, "_process")
     asked, told = time.monotonic(), False
-    while not job.paths.result_pickle.exists():
+    while not job.done():
         if stopped() and not told:
             told = True
             tell_to_stop(job, local)
-        if local:
-            if job.done():
-                return
-        elif time.monotonic() - asked > POLL:
+        if not local and time.monotonic() - asked > POLL:
             if not is_queued(job.job_id):
-                return
+                return bool(job.done())
             asked = time.monotonic()
         time.sleep(0.2)
+    return True
 
 
 def is_queued(job_id: str) -> bool:
