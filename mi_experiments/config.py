@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import require
+from mi_experiments.expected_config import ExpectedConfig
 from mi_experiments.llm.activations import Place
 from mi_experiments.method_config import (
     NGroupsConfig,
@@ -133,6 +134,7 @@ class Config:
     reuse: bool
     dry_run: bool
     resume: str | None
+    expected: ExpectedConfig | None
 
     @property
     def bit_scope(self) -> Scope:

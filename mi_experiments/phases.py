@@ -260,5 +260,9 @@ def conclude(run: Run, plan: Plan) -> None:
     """Record what all linears together are, and hold the model to its budget."""
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
-    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
+    run.recorder.update(
+        **totals(run.recorder.linears, plan),
+        coverage=inventory.coverage,
+        compressed_sha256=run.stored.sha256(),
+    )
     run.commits.adopt(LINEARS)

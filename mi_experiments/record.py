@@ -220,6 +220,7 @@ class Result:
             seconds of that phase are those of reading, and of waiting for that job.
         stability: mean of that of the linears, by their weights; None where none has one.
         safety_net: what it compared and kept; None without one.
+        compressed_sha256: of all compressed blocks; None until there are all.
     """
 
     status: str
@@ -241,6 +242,7 @@ class Result:
     reused: dict[str, list[str]] = field(default_factory=dict)
     stability: float | None = None
     safety_net: SafetyNet | None = None
+    compressed_sha256: str | None = None
 
 
 def write_result(result: Result, run_dir: Path) -> None:

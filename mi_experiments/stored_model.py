@@ -5,6 +5,7 @@ are finished; the compressed model is evaluated from these files, and an export 
 with the rest of the model beside them. What is stored is what is evaluated.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,6 +113,12 @@ class StoredModel:
                     )
                 self.commits.commit({name: path.read_bytes()})
             self.weights.redirect(block, self.commits.run_dir / names[0])
+
+    def sha256(self) -> str:
+        """Return one hash of the weights of all compressed blocks."""
+        names = [self._file(block + 1) for block in range(len(self.weights.blocks))]
+        hashes = [self.commits.files[name]["sha256"] for name in names]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.

@@ -19,7 +19,7 @@ from mi_experiments.solving import Measured, factorize_site, solve_linear
 
 SMALL = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"]
 
-BLIND = ["wbits=uniform", "n_groups=contiguous"]
+BLIND = ["wbits=uniform", "n_groups=contiguous", "sparsity.scope=linear"]
 """Plans without looking at activations, so that faults meet the sweep."""
 
 UNDAMPED = ["recipe=textbook", "recipe.damping=0", "sparsity=dense"]

@@ -17,7 +17,10 @@ from mi_experiments.drafting import ALL_WIDTHS, LOSS_FIELDS, drafting_config, na
 from mi_experiments.drafts import Draft
 from mi_experiments.plan import plan_compression
 
-SMALL = ("n_groups.count=2", "n_groups.multiple=8", "dataset.batch_size=2")
+SMALL = (
+    "n_groups.count=2", "n_groups.multiple=8", "dataset.batch_size=2",
+    "sparsity.scope=linear", "wbits.cost=distortion",
+)  # fmt: skip
 FISHER = ("wbits.cost=fisher", "wbits.scope=model")
 
 
@@ -118,6 +121,7 @@ OTHER = [
     ["n_groups.estimator=gaussian"],
     ["n_groups.sample_tokens=32"],
     ["recipe.damping=0.2"],
+    ["recipe.damping_power=1"],
     ["recipe.on_singular=error"],
     ["recipe.dead_channels=zero"],
     ["recipe.min_tokens=64"],
@@ -131,6 +135,7 @@ OTHER = [
     ["wbits.widths=[4,16]"],
     ["wbits=uniform"],
     [*FISHER],
+    ["sparsity.scope=model"],
 ]
 
 
@@ -145,6 +150,24 @@ def test_what_drafting_does_not_read_is_neither_in_the_key_nor_in_the_drafts(
 @pytest.mark.parametrize("overrides", OTHER, ids=" ".join)
 def test_what_drafting_reads_is_in_the_key(overrides: list[str]) -> None:
     assert key_of(*overrides) != key_of()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sparsity.mask_block=64"],
+        ["sparsity.spread=0.1"],
+        ["sparsity.cost=relative"],
+        ["sparsity.ratio=0.25"],
+        ["recipe.order=natural"],
+        ["wbits.fisher_samples=3"],
+        ["seed=1"],
+    ],
+    ids=" ".join,
+)
+def test_what_pricing_of_pruning_reads_is_in_the_key(overrides: list[str]) -> None:
+    spread = "sparsity.scope=model"
+    assert key_of(spread, *overrides) != key_of(spread)
 
 
 def test_what_the_loss_feels_follows_from_its_own_fields() -> None:

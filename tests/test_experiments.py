@@ -18,9 +18,15 @@ from mi_experiments.commands.compare import main
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.commands.sweep_jobs import JobComposer, combine
 from mi_experiments.composing import from_hydra, to_plain
+from mi_experiments.config import Config
+from mi_experiments.method.grouping import Grouping
 from mi_experiments.naming import config_hash
 
-FILES = sorted(Path(conf_directory(), "experiment").glob("*.yaml"))
+FILES = [
+    path
+    for path in sorted(Path(conf_directory(), "experiment").glob("*.yaml"))
+    if "MULTIRUN" in path.read_text()
+]
 ELSEWHERE = [
     [],
     ["model=local", "model.path=DIR", "dataset=text", "dataset.path=FILE"],
@@ -137,3 +143,20 @@ def test_the_answer_can_be_had(
         key = next(key for key in axes if short in key or (short, key) in PIVOTS)
         for value in axes[key]:
             assert (f"{value:g}" if isinstance(value, float) else str(value)) in out
+
+
+def test_the_baseline_is_what_was_published_with_as_many_scales(hydra: Hydra) -> None:
+    def plain(*overrides: str) -> Config:
+        composed = hydra.compose_config("config", [*overrides], run_mode=RunMode.RUN)
+        return from_hydra(composed)
+
+    textbook, default = plain("experiment=textbook", "wbits.average=3"), plain("wbits.average=3")
+    assert textbook.recipe.name == "textbook"
+    assert textbook.recipe.damping == 0.01
+    assert not textbook.wbits.clip_search
+    assert textbook.wbits.candidate_widths() == [3]
+    assert textbook.n_groups.grouping is Grouping.contiguous
+    assert not textbook.sparsity.allocated
+    assert textbook.n_groups.count == default.n_groups.count
+    assert textbook.wbits.group_size == default.wbits.group_size
+    assert textbook.sparsity.mask_block == 128

@@ -121,8 +121,9 @@ def test_a_plan_is_read_back_as_the_value_it_was(
 @pytest.mark.parametrize("allocation", ["mixed", "uniform"])
 def test_a_draft_is_read_back_as_the_value_it_was(allocation: str, tiny_model, tiny_tokens) -> None:
     config = config_of(
-        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"
-    )
+        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+        "wbits.cost=relative", "sparsity.cost=distortion",
+    )  # fmt: skip
     walk = walk_blocks(tiny_model("llama"), tiny_tokens(4, 16), batch_size=2)
     for block in walk:
         draft = draft_block(block, {}, True, config)
@@ -224,7 +225,8 @@ def test_an_even_share_is_the_plan_of_scope_linear(
     even = plan_compression(
         model, tokens, config_of("sparsity.scope=model", "sparsity.spread=0", "sparsity.ratio=0.5")
     )
-    assert even.fingerprint() == plan_compression(model, tokens, config_of()).fingerprint()
+    alike = config_of("sparsity.scope=linear", "sparsity.ratio=0.5")
+    assert even.fingerprint() == plan_compression(model, tokens, alike).fingerprint()
 
 
 def test_windows_are_fixed_and_so_not_allocated() -> None:

@@ -45,6 +45,7 @@ def arguments(tiny_directory: Path, tmp_path: Path) -> list[str]:
         f"dataset.path={text}", "dataset.nsamples=4", "dataset.batch_size=2",
         "evaluation.datasets.text.max_windows=4", "tracking=disabled",
         "n_groups.count=2", "n_groups.multiple=8",
+        "sparsity.scope=linear", "wbits.cost=distortion",
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from command_line import Ended, run_directories
 
 from mi_experiments import pipeline
 from mi_experiments.record import read_result
+from mi_experiments.run_table import read_runs
 
 MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
 AXES = ["dataset.nsamples=1,2,3,4", "seed=0,1,2"]
@@ -75,20 +77,28 @@ def start(root: Path, *arguments: str) -> subprocess.Popen[str]:
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     """Wait for something that a process will do; it must not end before."""
-    while not holds():
+    while True:
+        # What a run no longer needs may go while it is looked at.
+        with suppress(FileNotFoundError):
+            if holds():
+                return
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
+def records(root: Path) -> list[tuple[Path, str]]:
+    """Return the run directory and the record of every job of the sweeps in a folder."""
+    return [(path.parent, path.read_text()) for path in root.glob("*/*/result.json")]
+
+
 def completed(root: Path) -> int:
-    records = [path.read_text() for path in root.rglob("result.json")]
-    return sum('"status": "completed"' in record for record in records)
+    return sum('"status": "completed"' in record for _, record in records(root))
 
 
 def has_compressed(root: Path) -> bool:
     """Tell whether a run that goes on has compressed a block, and written it."""
-    going_on = [p for p in root.rglob("result.json") if '"status": "running"' in p.read_text()]
-    return any(True for path in going_on for _ in path.parent.glob("reports/*"))
+    going_on = [run_dir for run_dir, record in records(root) if '"status": "running"' in record]
+    return any(True for run_dir in going_on for _ in run_dir.glob("reports/*"))
 
 
 # Names
@@ -185,6 +195,10 @@ def test_jobs_that_cannot_run_are_named_and_the_others_run(
     assert "wbits.average=3.5 is not allowed: a whole number when uniform" in ended.err
     failed = [r for r in map(read_result, run_directories(Path("sweeps"))) if r.status == "failed"]
     assert [result.config["wbits"]["average"] for result in failed] == [3.5]
+    # It is a row of the comparison like all others.
+    rows = read_runs([Path("sweeps")]).set_index("wbits")
+    assert rows.loc[3.5, "status"] == "failed"
+    assert rows.loc[4.0, "status"] == "completed"
     # Where none can run, nothing is begun.
     ended = mi_run("-m", *local, "wbits.average=1,9", "hydra.sweep.dir=other")
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
