@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,13 @@ def basic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def wait_until(holds: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
     """Wait for something that a process will do; it must not end before."""
-    while not (found := holds()):
+    while True:
+        # What a run no longer needs may go while it is looked at.
+        with suppress(FileNotFoundError):
+            if found := holds():
+                return found
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    return found
 
 
 @pytest.mark.slow
