@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: run test check format lint types clean
+.PHONY: run test test-slurm check format lint types clean
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,12 @@ run: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Against a real SLURM of this one machine; installs its daemons where they are missing (Debian).
+test-slurm: $(VENV)/installed
+	command -v slurmctld slurmd munged sbatch >/dev/null || { apt-get update -qq && \
+		apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; }
+	$(BIN)/python -m pytest -m slow tests/test_launchers.py $(ARGS)
 
 check: lint types test
 

@@ -90,6 +90,9 @@ def read_outcome(before: Outcome, sweep_dir: Path, seen: int | None, end: JobEnd
     outcome = replace(describe(before, result), log=log)
     if result.status == "completed":
         return replace(outcome, status="done", exit_code=0)
+    if result.status == "interrupted" and (end is None or end.exit_code == 1):
+        # Its process could not tell: it was stopped in good order, and has said of what.
+        return replace(outcome, status="interrupted", exit_code=75)
     outcome = replace(outcome, status="failed" if result.status == "failed" else "interrupted")
     if end is not None and end.error is not None:
         return replace(outcome, error=end.error, exit_code=end.exit_code)

@@ -3,7 +3,6 @@
 import fcntl
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,13 +19,14 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from mi_experiments.atomic import write_atomically
+from mi_experiments.commands.launchers import leave, stop_signals, threads_of
 from mi_experiments.commands.sweep import run_sweep
 from mi_experiments.commands.sweep_launch import describe_failure
 from mi_experiments.commands.tables import print_dry_run, print_result
 from mi_experiments.composing import explain, from_hydra
 from mi_experiments.config import Config
 from mi_experiments.dry_run import dry_run
-from mi_experiments.errors import InputError, MiError
+from mi_experiments.errors import InputError, MiError, ResumableError
 from mi_experiments.naming import register_resolvers
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import (
@@ -110,8 +110,11 @@ def do_job(composed: DictConfig) -> JobEnd:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     try:
-        with STOP.listen(signal.SIGINT):
+        with STOP.listen(*stop_signals()):
             do_run(composed, run_dir, Path(hydra_config.sweep.dir), quiet=True)
+    except ResumableError as error:
+        leave(STOP.received, error)
+        return describe_failure(error)
     except Exception as error:  # noqa: BLE001 - one failing job stops no other
         return describe_failure(error)
     finally:
@@ -146,9 +149,13 @@ def do_run(
             console.print(line, soft_wrap=True, highlight=False, markup=False)
             print_result(finished, run_dir, sweep_dir, [], console)
             return next(iter(finished.compressed.values())).perplexity
-        if read_manifest(run_dir) is None:
+        begun = read_manifest(run_dir)
+        if begun is None:
             save_composition(composed, run_dir)
-        with Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker:
+        with (
+            threads_of(begun),
+            Tracker.open(config, run_dir, sweep_dir=sweep_dir, job=run_dir.name) as tracker,
+        ):
             result = run_experiment(config, run_dir, tracker, Progress(), STOP)
         notes = [note for note in [tracker.fallback, *tracker.commands()] if note]
         print_result(result, run_dir, sweep_dir, notes, console)

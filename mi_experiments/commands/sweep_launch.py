@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from hydra._internal.callbacks import Callbacks
-from hydra._internal.core_plugins.basic_launcher import BasicLauncherConf
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from mi_experiments.atomic import write_atomically
+from mi_experiments.commands.launchers import every_result, launcher_name, share_threads
 from mi_experiments.commands.sweep_jobs import Job, Sweep
 from mi_experiments.commands.sweep_plan import expect, look_at, read_past, show_plan
 from mi_experiments.commands.sweep_tables import print_job, print_outcomes
@@ -29,6 +29,7 @@ from mi_experiments.sweeps import (
     read_experience,
     read_outcome,
     record_version,
+    try_result,
     write_sweep,
 )
 
@@ -86,7 +87,7 @@ class Launch:
         config = self.sweep.master.hydra
         # The basic launcher works in this process: a job at a time, so that between two of them
         # a wish to stop is granted, and the record is written.
-        alone = config.launcher.get("_target_") == BasicLauncherConf._target_
+        alone = launcher_name(config.launcher) == "basic"
         size = 1 if alone else config.sweeper.max_batch_size or max(len(jobs), 1)
         for start in range(0, len(jobs), size):
             if self.stop.received:
@@ -96,11 +97,51 @@ class Launch:
                 self.say(batch[0])
             # A job alone has the number that it has in the whole sweep, whatever is left to do.
             first = self.sweep.jobs.index(batch[0]) if alone else start
-            ends = launch_batch(launcher, batch, first)
+            # The same for every command of this sweep, whatever is left to do.
+            total = len(self.sweep.jobs)
+            at_once = min(config.sweeper.max_batch_size or total, total)
+            with share_threads(config.launcher, at_once), every_result(lambda: self.stop.received):
+                ends = self.launch_batch(launcher, batch, first)
             for job, end in zip(batch, ends, strict=True):
                 self.note(job, end)
                 self.say(job)
             self.write("running")
+
+    def launch_batch(
+        self, launcher: Launcher, jobs: Sequence[Job], first: int
+    ) -> list[JobEnd | None]:
+        """Launch jobs; returns how each ended, as far as its process could say.
+
+        A launcher may break down over one job, and take others with it. Those that had not begun
+        are launched again together, and those that were at work alone, so that the one that it
+        broke down over is known.
+        """
+        try:
+            returned = launcher.launch([job.overrides for job in jobs], initial_job_idx=first)
+        except Exception as error:  # noqa: BLE001 - what a launcher raises ends no other job
+            if len(jobs) == 1 or self.stop.received:
+                return [describe_failure(error)] * len(jobs)
+        else:
+            return [read_end(job) for job in returned]
+        begun = [job for job in jobs if self.has_begun(job)]
+        fresh = [job for job in jobs if job not in begun]
+        groups = [[job] for job in begun if not self.is_complete(job)]
+        groups += [fresh] if begun and fresh else [[job] for job in fresh]
+        ends: dict[str, JobEnd | None] = {}
+        for group in groups:
+            again = self.launch_batch(launcher, group, first)
+            ends |= {job.directory: end for job, end in zip(group, again, strict=True)}
+        return [ends.get(job.directory) for job in jobs]
+
+    def has_begun(self, job: Job) -> bool:
+        """Tell whether this launch has written a record of a job."""
+        seen = record_version(self.sweep.directory / job.directory)
+        return seen != self.versions[job.directory]
+
+    def is_complete(self, job: Job) -> bool:
+        """Tell whether the record of a job says that it completed."""
+        result = try_result(self.sweep.directory / job.directory)
+        return result is not None and result.status == "completed"
 
     def say(self, job: Job) -> None:
         """Say in a line which job it is, what became of it, and how long the others will take."""
@@ -168,15 +209,6 @@ def open_launcher(sweep: Sweep, task: Task) -> Launcher:
         task_function=task,
         config=sweep.master,
     )
-
-
-def launch_batch(launcher: Launcher, jobs: Sequence[Job], first: int) -> list[JobEnd | None]:
-    """Launch jobs; returns how each ended, as far as its process could say."""
-    try:
-        returned = launcher.launch([job.overrides for job in jobs], initial_job_idx=first)
-    except Exception as error:  # noqa: BLE001 - what a launcher raises ends no other job
-        return [describe_failure(error)] * len(jobs)
-    return [read_end(job) for job in returned]
 
 
 def read_end(returned: JobReturn) -> JobEnd | None:
