@@ -81,10 +81,6 @@ class ModelConfig:
 
 
 @dataclass
-@dataclass
-@dataclass
-@dataclass
-@dataclass
 class TrackingConfig:
     """Weights & Biases."""
 

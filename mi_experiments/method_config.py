@@ -1,6 +1,7 @@
 """What the method is asked to do: one plain dataclass per folder of `conf/`, with its ranges."""
 
 import math
+from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import require
@@ -88,6 +89,7 @@ class ScarceTokens(Enum):
     error = "error"
 
 
+@dataclass
 class SparsityConfig:
     """Fraction of weights set to zero; n:m keeps n weights of every m consecutive channels."""
 
@@ -109,6 +111,7 @@ class SparsityConfig:
             require("sparsity.mask_block", self.mask_block, whole, f"a multiple of m = {self.m}")
 
 
+@dataclass
 class WbitsConfig:
     """The bit budget and the grids that spend it."""
 
@@ -161,6 +164,7 @@ class WbitsConfig:
         return list(range(max(2, low), min(8, high) + 1))
 
 
+@dataclass
 class NGroupsConfig:
     """How the input channels of a site are grouped."""
 
@@ -179,6 +183,7 @@ class NGroupsConfig:
         require("n_groups.sample_tokens", self.sample_tokens, enough, "at least 16 tokens")
 
 
+@dataclass
 class RecipeConfig:
     """How the sweep is run."""
 
