@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mi_experiments.errors import AuditError
-from mi_experiments.method.grid import UNQUANTIZED, Grid
+from mi_experiments.method.grid import UNQUANTIZED, Grid, store_scale
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.sparsegpt import Swept
 
@@ -132,9 +132,10 @@ def _audit_grid(swept: Swept, grid: Grid) -> int:
         return 0
     if swept.codes is None:
         raise AuditError(f"{columns.numel()} channels are quantized but have no codes")
-    right = (grid.scale > 0) & grid.scale.isfinite() & (grid.scale == grid.scale.half())
-    if bad := int((~right).count_nonzero()):
-        raise AuditError(f"{bad} of {grid.scale.numel()} scales are not positive float16 numbers")
+    kind = f"float{grid.scale_bits}"
+    exact = grid.scale == store_scale(grid.scale, grid.scale_bits)
+    if bad := int((~((grid.scale > 0) & grid.scale.isfinite() & exact)).count_nonzero()):
+        raise AuditError(f"{bad} of {grid.scale.numel()} scales are not positive {kind} numbers")
     levels_max = 0
     rows = torch.arange(len(swept.weight), device=columns.device)
     for part in torch.split(rows, max(1, CHUNK // swept.weight.shape[1])):
@@ -190,7 +191,8 @@ def _audit_codes(
 ) -> None:
     """Check weight = scale · (code − zero point), exactly, with code and zero point in range.
 
-    The product of an 11-bit scale and an 8-bit code is exact in float32, so no tolerance is due.
+    The product of an 11-bit scale and an 8-bit code is exact in float32, and that of a 24-bit scale
+    is rounded once, here as there: no tolerance is due.
     """
     group = grid.scale_group[columns]
     scale, zero = grid.scale[rows][:, group], grid.zero_point[rows][:, group]

@@ -3,12 +3,31 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mi_experiments.errors import InputError
+
+
+class Selection(Enum):
+    """How many weights of an unstructured mask block are pruned.
+
+    `exact`: round(ratio · n), ties included. `threshold`: all that score no more than the weight at
+    position ⌊ratio · n⌋ of the sorted scores, counted from 0, so one more than asked and all ties
+    with it, as in the published code of SparseGPT (arXiv:2301.00774).
+    """
+
+    exact = "exact"
+    threshold = "threshold"
+
+    def may_prune(self, count: int, ratio: float, weights: int) -> bool:
+        """Say whether that many pruned weights of a mask block are what the selection promises."""
+        if self is Selection.exact or ratio in (0, 1):
+            return count == round(ratio * weights)
+        return int(ratio * weights) < count <= weights
 
 
 @dataclass(frozen=True)
@@ -99,17 +118,20 @@ def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block:
 
 
 def choose_pruned(
-    score: Float[Tensor, "rows columns"], sparsity: Sparsity
+    score: Float[Tensor, "rows columns"],
+    sparsity: Sparsity,
+    selection: Selection = Selection.exact,
 ) -> Bool[Tensor, "rows columns"]:
     """Choose the weights with the smallest scores, exactly as many as asked.
 
-    Unstructured: round(ratio · rows · columns) over the whole tensor. n:m: m − n in every window
-    of m consecutive columns, the earlier channel first among equal scores. The same scores give
-    the same choice on the same device.
+    Unstructured: round(ratio · rows · columns) over the whole tensor, or what the selection says.
+    n:m: m − n in every window of m consecutive columns, the earlier channel first among equal
+    scores. The same scores give the same choice on the same device.
 
     Args:
         score: What is lost by pruning each weight; in storage order for n:m.
         sparsity: How many and in which pattern.
+        selection: How an unstructured pattern counts them.
 
     Returns:
         True where the weight is to be set to zero.
@@ -125,6 +147,9 @@ def choose_pruned(
         windows = score.reshape(rows, -1, sparsity.m).argsort(dim=-1, stable=True)
         least = windows[..., : sparsity.m - sparsity.n]
         return pruned.view(windows.shape).scatter_(-1, least, value=True).view(rows, columns)
+    if selection is Selection.threshold and 0 < sparsity.ratio < 1:
+        position = int(sparsity.ratio * score.numel())
+        return score <= score.flatten().kthvalue(position + 1).values
     count = round(sparsity.ratio * score.numel())
     least = score.flatten().topk(count, largest=False, sorted=False).indices
     return pruned.view(-1).index_fill_(0, least, value=True).view(rows, columns)
