@@ -41,9 +41,10 @@ def to_plain(config: Config) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         if isinstance(value, list):
             return [plain(item) for item in value]
-        return value
+        # Not by asdict: a config may have been narrowed to some of its fields.
+        return plain(vars(value)) if dataclasses.is_dataclass(value) else value
 
-    return {key: plain(value) for key, value in dataclasses.asdict(config).items()}
+    return {key: plain(value) for key, value in vars(config).items()}
 
 
 def refuse_targets(composed: DictConfig) -> None:
@@ -60,6 +61,8 @@ def refuse_targets(composed: DictConfig) -> None:
 
 def explain(error: Exception) -> str:
     """Say in one line which key is wrong, its value, and what is allowed."""
+    if not str(error) and isinstance(error.__cause__, Exception):
+        return explain(error.__cause__)
     key = getattr(error, "full_key", None) or ""
     text = str(getattr(error, "msg", None) or error)
     first = text.splitlines()[0].strip()

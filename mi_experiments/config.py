@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import require
+from mi_experiments.expected_config import ExpectedConfig
 from mi_experiments.llm.activations import Place
 from mi_experiments.method_config import (
     NGroupsConfig,
     RecipeConfig,
+    Scope,
     SparsityConfig,
     WbitsConfig,
 )
@@ -89,10 +91,13 @@ class TrackingConfig:
     entity: str | None
     tags: list[str]
     init_timeout: int
+    finish_timeout: int
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require("tracking.init_timeout", self.init_timeout, self.init_timeout >= 1, "seconds >= 1")
+        for key in ("init_timeout", "finish_timeout"):
+            seconds = getattr(self, key)
+            require(f"tracking.{key}", seconds, seconds >= 1, "seconds >= 1")
 
 
 @dataclass
@@ -126,8 +131,17 @@ class Config:
     corpora: dict[str, HubCorpusConfig]
     seed: int
     export: Export
+    reuse: bool
     dry_run: bool
     resume: str | None
+    expected: ExpectedConfig | None
+
+    @property
+    def bit_scope(self) -> Scope:
+        """What shares one bit budget in this run."""
+        if self.wbits.scope is not Scope.auto:
+            return self.wbits.scope
+        return Scope.model if self.sparsity.ratio == 0 else Scope.linear
 
     def __post_init__(self) -> None:
         """Check what the parts say of each other."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from mi_experiments.config import Config
@@ -19,14 +19,20 @@ from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.grouping import Grouping, group_channels
-from mi_experiments.method.hessian import Factor, Hessian, factorize
+from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
 from mi_experiments.method.information import (
     InformationSummary,
     measure_information,
     noise_floor,
     summarize,
 )
-from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.method.pruning import (
+    Sparsity,
+    choose_pruned,
+    possible_parts,
+    pruning_costs,
+)
+from mi_experiments.method.stability import split_half_stability
 from mi_experiments.method_config import UNQUANTIZED, Allocation, Cost, DeadChannels, OnSingular
 from mi_experiments.shortage import give_back
 
@@ -44,7 +50,17 @@ class GroupCosts:
 
 @dataclass(frozen=True)
 class DraftLinear:
-    """A linear whose groups are known and whose widths are still to be chosen."""
+    """A linear whose groups are known and whose widths and sparsity are still to be chosen.
+
+    Attributes:
+        name: of the linear.
+        block: index of its block.
+        site: name of its site.
+        rows: output dimension.
+        channel_group: group of each channel.
+        prices: of each group at each width; None if there is nothing to choose.
+        pruning: what is lost for each number of 128ths that may be kept; None likewise.
+    """
 
     name: str
     block: int
@@ -52,6 +68,7 @@ class DraftLinear:
     rows: int
     channel_group: Int[Tensor, "columns"]
     prices: GroupCosts | None
+    pruning: Float64[Tensor, "choices"] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,8 @@ class Draft:
             if linear.prices is not None:
                 tensors[f"{index}.costs"] = linear.prices.costs
                 tensors[f"{index}.sizes"] = linear.prices.sizes
+            if linear.pruning is not None:
+                tensors[f"{index}.pruning"] = linear.pruning
             rows.append([linear.name, linear.block, linear.site, linear.rows])
         information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
         return tensors, {"draft": json.dumps({"linears": rows, "information": information})}
@@ -89,7 +108,8 @@ class Draft:
             if f"{index}.costs" in tensors:
                 prices = GroupCosts(tensors[f"{index}.costs"], tensors[f"{index}.sizes"])
             group = tensors[f"{index}.channel_group"]
-            linears.append(DraftLinear(name, block, site, rows, group, prices))
+            pruning = tensors.get(f"{index}.pruning")
+            linears.append(DraftLinear(name, block, site, rows, group, prices, pruning))
         return cls(linears, {s: InformationSummary(**i) for s, i in rest["information"].items()})
 
 
@@ -106,7 +126,12 @@ def draft_site(
     if hessian is not None:
         # What this factor is used for can bear more damping; the sweep that skips has its own.
         escalate = config.recipe.on_singular is not OnSingular.error
-        factor = factorize(hessian, damping=config.recipe.damping, escalate=escalate)
+        factor = factorize(
+            hessian,
+            damping=config.recipe.damping,
+            power=config.recipe.damping_power,
+            escalate=escalate,
+        )
         # Before the information, so that its own statistics have gone when that is measured.
         generator = torch.Generator().manual_seed(groups.seed)
         noise = noise_floor(hessian.sample, groups.estimator, generator)
@@ -115,6 +140,7 @@ def draft_site(
         summary = summarize(matrix, noise, factor, groups.estimator)
     # An expert without tokens that is to stay as it is has nothing to be grouped by.
     measured = hessian is not None or groups.grouping in UNMEASURED
+    energy = sum_energy(site) if hessian is not None else None
     channel_group = group_channels(
         groups.grouping if measured else Grouping.contiguous,
         groups.count,
@@ -122,23 +148,40 @@ def draft_site(
         hessian=hessian,
         factor=factor,
         information=matrix,
-        weights_energy=sum_energy(site) if hessian is not None else None,
+        weights_energy=energy,
         seed=groups.seed,
         multiple=groups.multiple,
     )
+    if hessian is not None and summary is not None:
+        del matrix
+        stability = split_half_stability(
+            groups.grouping,
+            groups.count,
+            hessian.sample,
+            estimator=groups.estimator,
+            damping=config.recipe.damping,
+            weights_energy=energy,
+            seed=groups.seed,
+            multiple=groups.multiple,
+        )
+        summary = dataclasses.replace(summary, stability=stability)
     name = f"{block.name}.{site.name}"
     mixed = config.wbits.allocation is Allocation.mixed
     drafts = []
     for linear in site.linears:
-        prices = None
-        if mixed and hessian is not None and factor is not None:
+        prices = pruning = None
+        if (mixed or config.sparsity.allocated) and hessian is not None and factor is not None:
             weight = linear.read_weight()
             if config.recipe.dead_channels is DeadChannels.zero:
                 weight.masked_fill_(hessian.dead, 0)
-            loss = fisher.get(linear.name, weight.new_ones(linear.rows)).to(weight.device)
-            prices = price_groups(weight, loss, channel_group, hessian, factor, config)
+            loss = fisher.get(linear.name)
+            if mixed:
+                prices = price_groups(weight, loss, channel_group, hessian, factor, config)
+            if config.sparsity.allocated:
+                pruning = price_pruning(weight, loss, hessian, factor, config)
+        group = channel_group.cpu()
         drafts.append(
-            DraftLinear(linear.name, block.index, name, linear.rows, channel_group.cpu(), prices)
+            DraftLinear(linear.name, block.index, name, linear.rows, group, prices, pruning)
         )
     return drafts, summary
 
@@ -150,7 +193,7 @@ def sum_energy(site: Site) -> Float[Tensor, "columns"]:
 
 def price_groups(
     weight: Float[Tensor, "rows columns"],
-    loss: Float[Tensor, "rows"],
+    loss: Float[Tensor, "rows"] | None,
     channel_group: Int[Tensor, "columns"],
     hessian: Hessian,
     factor: Factor,
@@ -161,9 +204,11 @@ def price_groups(
     The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
     rows i that survive pruning: the error that remains after the other channels have compensated
     (GPTQ, arXiv:2210.17323, equation 2). `loss` f_i is 1, or with `cost=fisher` the Fisher
-    information of the model's loss about output i.
+    information of the model's loss about output i. Where sparsity is allocated too, the rows that
+    survive are those of its average: how much this linear will be pruned is not known yet.
     """
     saliency = 1 / factor.inverse_diagonal()
+    felt = weigh_rows(weight, loss, hessian, config.wbits.cost)
     sparsity = sparsity_of(config)
     pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
     groups = int(channel_group.max()) + 1
@@ -185,17 +230,52 @@ def price_groups(
             error = grid.quantize(weight) - weight
         if pruned is not None:
             error = error.masked_fill(pruned, 0)
-        per_channel = (loss @ error.square()).double() * saliency
+        per_channel = (felt @ error.square()).double() * saliency
         columns.append(
             per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
         )
     costs = torch.stack(columns, dim=1)
-    if wbits.cost is Cost.relative:
-        costs = costs / (weight @ hessian.matrix * weight).sum().double().clamp(min=1e-30)
     sizes = torch.bincount(channel_group.long(), minlength=groups) * weight.shape[0]
     return GroupCosts(costs.cpu(), sizes.cpu())
 
 
+def price_pruning(
+    weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"] | None,
+    hessian: Hessian,
+    factor: Factor,
+    config: Config,
+) -> Float64[Tensor, "choices"]:
+    """Price what a linear may keep by the output error of pruning the rest.
+
+    The price is the sum of f_i W_ij² / [H'⁻¹]_jj over the weights with the smallest W_ij² /
+    [H'⁻¹]_jj of each mask block: the error that remains after the other channels have compensated
+    (arXiv:2301.00774, section 3), one weight at a time. f_i is as in `price_groups`.
+    """
+    felt = weigh_rows(weight, loss, hessian, config.sparsity.cost)
+    order = sweep_order(hessian.diagonal, config.recipe.order)
+    score = (weight.square() / factor.inverse_diagonal())[:, order]
+    kept = possible_parts(config.sparsity.ratio, config.sparsity.spread)
+    return pruning_costs(score, felt, kept, config.sparsity.mask_block)
+
+
+def weigh_rows(
+    weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"] | None,
+    hessian: Hessian,
+    cost: Cost,
+) -> Float[Tensor, "rows"]:
+    """Return what a squared error of each output costs."""
+    if cost is Cost.fisher:
+        if loss is None:
+            raise ValueError("what the loss feels was not measured")
+        return loss.to(weight)
+    ones = weight.new_ones(len(weight))
+    if cost is Cost.distortion:
+        return ones
+    return ones / (weight @ hessian.matrix * weight).sum().clamp(min=1e-30)
+
+
 def sparsity_of(config: Config) -> Sparsity:
-    """Return the sparsity that every linear gets."""
+    """Return the sparsity that every linear gets, or that they get on average."""
     return Sparsity(config.sparsity.ratio, config.sparsity.n, config.sparsity.m)

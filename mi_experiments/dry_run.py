@@ -23,6 +23,7 @@ from mi_experiments.method.grouping import group_sizes
 from mi_experiments.method_config import Allocation
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import needs_activations
+from mi_experiments.uniform import has_safety_net
 
 ACCELERATORS = (80, 24, 8)
 """Sizes in GiB that a dry run plans for beside the machine that it runs on."""
@@ -57,7 +58,8 @@ class Outline:
         sites: one entry for all blocks with the same shape.
         weights: of all linears to be compressed.
         passes: block passes over the calibration data: to measure and to go on, for the plan if
-            it needs activations, and for the sweep; twice where the dense model runs along.
+            it needs activations, and for the sweep of every candidate; twice where the dense model
+            runs along.
         memory: what will live where, by the name of a machine; a line where it does not fit.
     """
 
@@ -80,7 +82,8 @@ def dry_run(config: Config) -> Outline:
         kinds.setdefault((site.family, shapes(site)), []).append((block, site))
     streams = 2 if corrects_targets(config) else 1
     measured = blocks[-1].sites[-1].stage + 1 if config.recipe.true_sequential else 1
-    passes = len(blocks) * (2 * needs_activations(config) + streams * (measured + 1))
+    sweeps = 2 if has_safety_net(config) else 1
+    passes = len(blocks) * (2 * needs_activations(config) + sweeps * streams * (measured + 1))
     return Outline(
         sites=tuple(outline(members, config) for members in kinds.values()),
         weights=sum(linear.rows * linear.columns for _, site in sites for linear in site.linears),

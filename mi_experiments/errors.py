@@ -5,6 +5,7 @@ MiError
 ├── NumericalError    the mathematics failed on real numbers; exit code 3
 │   └── SingularError     a Hessian is not positive definite
 ├── AuditError        a compressed linear is not what was promised; exit code 4
+├── VerdictError     a number is not what was expected of it; exit code 5
 └── ResumableError    the run was stopped and can continue; exit code 75
     └── MemoryShortage    memory does not suffice
 """
@@ -36,6 +37,12 @@ class AuditError(MiError):
     """A compressed linear breaks one of the promises of its plan."""
 
     exit_code = 4
+
+
+class VerdictError(MiError):
+    """A number is outside the tolerance of what was expected of it."""
+
+    exit_code = 5
 
 
 class ResumableError(MiError):

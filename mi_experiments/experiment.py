@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -19,14 +19,24 @@ from mi_experiments.memory_plan import in_a_line, plan_run
 from mi_experiments.phases import PLAN, Run, compress, evaluate, make_plan, screen
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import fingerprint, measure_provenance
-from mi_experiments.record import Result
+from mi_experiments.record import Evaluation, Result
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.reuse import Reuse, computed_by
+from mi_experiments.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.scrubbing import scrub
 from mi_experiments.stored_model import PARTS, StoredModel, tidy
-from mi_experiments.texts import calibration_sequences, evaluation_texts, find_texts
+from mi_experiments.texts import (
+    calibration_sequences,
+    evaluation_texts,
+    find_texts,
+    held_out_sequences,
+)
 from mi_experiments.tracking import Tracker
+from mi_experiments.uniform import has_safety_net
 from mi_experiments.verdict import check_fallbacks
+
+JudgeDense = Callable[[Mapping[str, Evaluation]], None]
 
 
 def run_experiment(
@@ -35,6 +45,7 @@ def run_experiment(
     tracker: Tracker,
     progress: Progress,
     stop: StopRequest | None = None,
+    on_dense: JudgeDense | None = None,
 ) -> Result:
     """Load, plan, compress, evaluate, record; or continue where an earlier process stopped.
 
@@ -44,6 +55,7 @@ def run_experiment(
         tracker: of this run.
         progress: draws the bars.
         stop: a wish to stop, granted between blocks.
+        on_dense: judges the dense model before hours are spent; what it raises ends the run.
 
     Returns:
         What is also in `result.json`.
@@ -56,7 +68,7 @@ def run_experiment(
     recorder.update()
     try:
         with reproducible_arithmetic(config.seed), recorder.count_retries():
-            run = compute(config, recorder, tracker, progress, stop or StopRequest())
+            run = compute(config, recorder, tracker, progress, stop or StopRequest(), on_dense)
         if recorder.result.bits is not None:
             check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
         recorder.update(status="completed")
@@ -74,7 +86,12 @@ def run_experiment(
 
 
 def compute(
-    config: Config, recorder: Recorder, tracker: Tracker, progress: Progress, stop: StopRequest
+    config: Config,
+    recorder: Recorder,
+    tracker: Tracker,
+    progress: Progress,
+    stop: StopRequest,
+    on_dense: JudgeDense | None = None,
 ) -> Run:
     """Do the work of one run, phase by phase."""
     with recorder.phase("load"):
@@ -84,10 +101,12 @@ def compute(
             run = screen(run)
     with recorder.phase("evaluate dense"):
         evaluate(run, "dense", run.opened.weights)
+    if on_dense is not None:
+        on_dense(recorder.result.dense)
     with recorder.phase("plan"):
         plan = make_plan(run)
     with recorder.phase("compress"):
-        compress(run, plan)
+        (compress_safely if has_safety_net(config) else compress)(run, plan)
     with recorder.phase("evaluate compressed"):
         evaluate(run, "compressed", run.stored.weights)
     if config.export is Export.dense:
@@ -121,21 +140,25 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
+    held_out = held_out_sequences(opened.tokenizer, config) if has_safety_net(config) else None
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
     hashes = {text.name: text.sha256 for text in texts}
     begun = fingerprint(config, provenance, hashes)
-    commits = Commits(recorder.run_dir, begun, (PLAN, *PARTS))
+    commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
     recorder.open()
     recorder.update(provenance=provenance)
+    computed = computed_by(opened, provenance, config.model.blocks)
     return Run(
         config=config,
         opened=opened,
         texts=texts,
         calibration=calibration,
+        held_out=held_out,
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
         memory=memory,
+        reuse=Reuse(config, computed, recorder, progress.say, stop.check),
         allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config
+from mi_experiments.drafting import LOSS_FIELDS, measures_loss, narrow
 from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
@@ -20,7 +21,7 @@ from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
-from mi_experiments.method_config import Allocation, Cost, ScarceTokens
+from mi_experiments.method_config import ScarceTokens
 from mi_experiments.resume import Commits
 from mi_experiments.shortage import until_it_fits
 
@@ -204,12 +205,6 @@ def finish(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian
         return accumulator.finish()
 
 
-def measures_loss(config: Config) -> bool:
-    """Say whether the budget is spent by what the loss feels of each output."""
-    wbits = config.wbits
-    return wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
-
-
 def measure_loss(
     model: PreTrainedModel,
     calibration: Int[Tensor, "nsamples seqlen"],
@@ -233,6 +228,7 @@ def measure_loss(
     """
     if not measures_loss(config):
         return {}
+    config = narrow(config, LOSS_FIELDS)
     if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
         return committed[0]
     fisher = measure_fisher(

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config, Dtype
+from mi_experiments.drafting import measures_loss
 from mi_experiments.drafts import sparsity_of
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
@@ -23,10 +24,10 @@ from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.fisher import POSITIONS_CHUNK
 from mi_experiments.llm.loading import choose_device, load_skeleton
-from mi_experiments.measure import measures_loss
 from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import check_count
+from mi_experiments.uniform import has_safety_net
 
 GIB, MIB = 2**30, 2**20
 
@@ -90,7 +91,7 @@ class Needs:
             more, what one sample leaves for the backward pass through a block.
         activations: hidden states of the calibration set, in one or two streams; or if that is
             more, those between all blocks of the samples that go back through them.
-        stored: compressed blocks on disk, while the run can be continued.
+        stored: compressed blocks on disk, of every candidate, while the run can be continued.
     """
 
     resident: int
@@ -266,7 +267,7 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
         hessian=widest**2 * FLOAT32,
         forward=forward,
         activations=activations,
-        stored=sum(inside) * item,
+        stored=sum(inside) * item * (2 if has_safety_net(config) else 1),
     )
 
 

@@ -8,6 +8,7 @@ from mi_experiments.errors import require
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.hessian import SweepOrder
 from mi_experiments.method.information import Estimator
+from mi_experiments.method.pruning import PARTS
 
 UNQUANTIZED = 16
 """The width that stands for "not quantized"."""
@@ -22,8 +23,13 @@ class Allocation(Enum):
 
 
 class Scope(Enum):
-    """What shares one bit budget."""
+    """What shares one bit budget.
 
+    `auto`: the model where nothing is pruned, else each linear: bits that move to linears that keep
+    more of their weights are more bits to store.
+    """
+
+    auto = "auto"
     linear = "linear"
     site = "site"
     model = "model"
@@ -40,6 +46,13 @@ class Cost(Enum):
     distortion = "distortion"
     relative = "relative"
     fisher = "fisher"
+
+
+class SparsityScope(Enum):
+    """What shares one total of pruned weights: `linear`, so that all prune alike, or `model`."""
+
+    linear = "linear"
+    model = "model"
 
 
 class GridFit(Enum):
@@ -97,6 +110,9 @@ class SparsityConfig:
     n: int
     m: int
     mask_block: int
+    scope: SparsityScope
+    cost: Cost
+    spread: float
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -109,6 +125,18 @@ class SparsityConfig:
             require("sparsity.ratio", self.ratio, exact, f"(m - n) / m for {self.n}:{self.m}")
             whole = self.mask_block % self.m == 0
             require("sparsity.mask_block", self.mask_block, whole, f"a multiple of m = {self.m}")
+            alike = self.scope is SparsityScope.linear
+            require(
+                "sparsity.scope", self.scope.value, alike, f"linear: {self.n}:{self.m} is fixed"
+            )
+        require("sparsity.spread", self.spread, 0 <= self.spread <= 1, "from 0 to 1")
+        fits = not self.allocated or self.ratio <= 1 - 1 / PARTS
+        require("sparsity.ratio", self.ratio, fits, f"at most {PARTS - 1}/{PARTS} with scope=model")
+
+    @property
+    def allocated(self) -> bool:
+        """Whether linears may be pruned more or less than the average."""
+        return self.scope is SparsityScope.model and 0 < self.ratio < 1
 
 
 @dataclass
@@ -124,6 +152,7 @@ class WbitsConfig:
     group_size: int | None
     clip_search: bool
     fisher_samples: int
+    tied: bool
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -189,6 +218,7 @@ class RecipeConfig:
 
     name: str
     damping: float
+    damping_power: float
     order: SweepOrder
     true_sequential: bool
     grid_fit: GridFit
@@ -200,10 +230,13 @@ class RecipeConfig:
     dead_channels: DeadChannels
     min_tokens: int
     scarce_tokens: ScarceTokens
+    safety_net: bool
 
     def __post_init__(self) -> None:
         """Check ranges."""
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
+        power = self.damping_power
+        require("recipe.damping_power", power, 0 <= power <= 1, "from 0 to 1")
         rounds = self.refine_rounds
         require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
         require("recipe.min_tokens", self.min_tokens, self.min_tokens >= 1, "at least 1 token")

@@ -1,7 +1,7 @@
 """The phases of a run: each takes up what was finished earlier, and commits what it does."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from jaxtyping import Int
@@ -10,7 +10,7 @@ from torch import Tensor
 from mi_experiments.config import Config
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel
-from mi_experiments.llm.perplexity import measure_perplexity, plan_waves
+from mi_experiments.llm.perplexity import Perplexity, measure_perplexity, plan_waves
 from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.memory_plan import MemoryPlan
@@ -20,6 +20,7 @@ from mi_experiments.progress import Progress
 from mi_experiments.record import LINEARS, Evaluation, LinearReport
 from mi_experiments.recorder import Recorder
 from mi_experiments.resume import Commits, StopRequest
+from mi_experiments.reuse import Reuse
 from mi_experiments.screen import screen_calibration
 from mi_experiments.stored_model import StoredModel
 from mi_experiments.texts import EvaluationText
@@ -38,9 +39,12 @@ class Run:
         opened: model, tokenizer, and the original weights by block.
         texts: for evaluation.
         calibration: token ids.
+        held_out: token ids of the same text on which nothing is measured; None without a safety
+            net.
         commits: what is finished.
         stored: the compressed blocks.
         memory: what lives where.
+        reuse: what other jobs have computed.
         allocate: makes room for hidden states.
         recorder: of the result.
         tracker: of the run.
@@ -52,9 +56,11 @@ class Run:
     opened: OpenModel
     texts: Sequence[EvaluationText]
     calibration: Int[Tensor, "nsamples seqlen"]
+    held_out: Int[Tensor, "sequences seqlen"] | None
     commits: Commits
     stored: StoredModel
     memory: MemoryPlan
+    reuse: Reuse
     allocate: Allocate
     recorder: Recorder
     tracker: Tracker
@@ -89,34 +95,43 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
         name = f"evaluations/{phase}-{index:03}.json"
         row = run.commits.read_json(name)
         if row is None:
-            row = asdict(evaluate_text(run, text, weights, f"{phase} {text.name}"))
+            row = asdict(evaluate_text(run, text, weights, phase))
             run.commits.commit({name: json.dumps(row, indent=1).encode()})
         evaluations[text.name] = Evaluation(**row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
         run.recorder.update(**{phase: dict(evaluations)})
 
 
-def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, title: str) -> Evaluation:
-    """Measure the perplexity of a model on one text."""
+def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: str) -> Evaluation:
+    """Measure the perplexity of a model on one text; of the dense one, if no other job has."""
     evaluation = run.config.evaluation
     wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
-    with run.progress.task(title, total=waves * len(weights.blocks)) as advance:
+    steps = waves * len(weights.blocks)
+    with run.progress.task(f"{phase} {text.name}", total=steps) as advance:
 
         def on_block() -> None:
             advance()
             run.stop.check()
 
-        measured = measure_perplexity(
-            weights.model,
-            text.windows,
-            batch_tokens=evaluation.batch_tokens,
-            logits_chunk=evaluation.logits_chunk,
-            path=weights.path,
-            weights=weights,
-            allocate=run.allocate,
-            wave_tokens=wave_tokens,
-            on_block=on_block,
+        def measure() -> Perplexity:
+            return measure_perplexity(
+                weights.model,
+                text.windows,
+                batch_tokens=evaluation.batch_tokens,
+                logits_chunk=evaluation.logits_chunk,
+                path=weights.path,
+                weights=weights,
+                allocate=run.allocate,
+                wave_tokens=wave_tokens,
+                on_block=on_block,
+            )
+
+        dense = phase == "dense"
+        measured = (
+            run.reuse.perplexity(text.name, text.windows, wave_tokens, measure)
+            if dense
+            else measure()
         )
     return Evaluation(
         protocol=evaluation.protocol,
@@ -138,11 +153,16 @@ def make_plan(run: Run) -> Plan:
     """Return the plan: the committed one, or a new one."""
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
-        steps = count_steps(len(run.opened.weights.blocks), run.config)
-        with run.progress.task("plan", total=steps) as advance:
+        blocks = len(run.opened.weights.blocks)
+        steps = count_steps(blocks, run.config)
+        with (
+            run.progress.task("plan", total=steps) as advance,
+            run.reuse.plan(run.commits, run.calibration, blocks) as share,
+        ):
 
             def on_block(block: str) -> None:
                 advance(block)
+                share()
                 run.stop.check()
 
             plan = plan_compression(
@@ -165,14 +185,36 @@ def make_plan(run: Run) -> Plan:
 
 
 def compress(run: Run, plan: Plan) -> None:
-    """Compress the model, and store each block when it is finished."""
-    count = len(run.opened.weights.blocks)
-    finished = [block for block in range(count) if run.stored.find(block)]
-    with run.progress.task("compress", total=len(plan.linears)) as advance:
+    """Compress the model, store each block when it is finished, and record every linear."""
+    compress_blocks(run, plan, run.stored, lambda report: keep(run, report))
+    conclude(run, plan)
 
-        def record(report: LinearReport) -> None:
-            run.recorder.linears.append(report)
-            run.tracker.log_linear(report)
+
+def keep(run: Run, report: LinearReport) -> None:
+    """Take a linear into the records of the run."""
+    run.recorder.linears.append(report)
+    run.tracker.log_linear(report)
+
+
+def compress_blocks(
+    run: Run,
+    plan: Plan,
+    stored: StoredModel,
+    record: Callable[[LinearReport], None],
+    title: str = "compress",
+) -> None:
+    """Compress all blocks by a plan, but for those that are stored already.
+
+    Args:
+        run: whose model it is.
+        plan: groups and widths of every linear.
+        stored: receives each block when it is finished.
+        record: called for each linear, in order, now or from an earlier process.
+        title: of the bar.
+    """
+    count = len(run.opened.weights.blocks)
+    finished = [block for block in range(count) if stored.find(block)]
+    with run.progress.task(title, total=len(plan.linears)) as advance:
 
         def on_linear(report: LinearReport) -> None:
             record(report)
@@ -182,7 +224,7 @@ def compress(run: Run, plan: Plan) -> None:
             )
 
         def recall(block: int) -> None:
-            for report in run.stored.reports(block):
+            for report in stored.reports(block):
                 record(report)
                 advance(f"block {block}: finished earlier")
 
@@ -190,7 +232,7 @@ def compress(run: Run, plan: Plan) -> None:
             run.stop.check()
             if block not in finished:
                 return False
-            run.stored.weights.load(block)
+            stored.weights.load(block)
             recall(block)
             return True
 
@@ -211,8 +253,16 @@ def compress(run: Run, plan: Plan) -> None:
                 recall(block)
         else:
             for compressed in blocks:
-                run.stored.store(compressed)
+                stored.store(compressed)
+
+
+def conclude(run: Run, plan: Plan) -> None:
+    """Record what all linears together are, and hold the model to its budget."""
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
-    run.recorder.update(**totals(run.recorder.linears, plan), coverage=inventory.coverage)
+    run.recorder.update(
+        **totals(run.recorder.linears, plan),
+        coverage=inventory.coverage,
+        compressed_sha256=run.stored.sha256(),
+    )
     run.commits.adopt(LINEARS)

@@ -132,7 +132,7 @@ def compress_model(
         if not restore(block.index):
             check_weights(block.linears)
             linears = []
-            found = measure_statistics(block, twins, plan.sparsity, config, hessian_bytes)
+            found = measure_statistics(block, twins, plan, config, hessian_bytes)
             for site, shared in found:
                 for linear in site.linears:
                     with site_context(block, site, linear):
@@ -151,7 +151,7 @@ def corrects_targets(config: Config) -> bool:
 def measure_statistics(
     block: Block,
     twins: Twins | None,
-    sparsity: Sparsity,
+    plan: Plan,
     config: Config,
     hessian_bytes: int | None = None,
 ) -> Iterator[tuple[Site, SiteStatistics]]:
@@ -167,7 +167,8 @@ def measure_statistics(
         del found
         give_back(measured.hessian.matrix.nbytes)
         with site_context(block, site):
-            shared = factorize_site(measured, sparsity, config)
+            sparsities = [plan.linears[linear.name].sparsity for linear in site.linears]
+            shared = factorize_site(measured, sparsities, config)
         yield site, replace(shared, retries=retries.count)
 
 
@@ -208,11 +209,12 @@ def compress_linear(
     linear_plan = plan.linears[linear.name]
     original = linear.read_weight()
     with count_retries() as retries:
-        solution = solve_linear(original, statistics, linear_plan, plan.sparsity, config)
+        solution = solve_linear(original, statistics, linear_plan, config)
     swept, grid, sparsity = solution.swept, solution.grid, solution.sparsity
     if solution.status in CHANGED:
         linear.write_weight(swept.weight)
-    linear_budget = config.wbits.scope is Scope.linear and solution.status in CHANGED
+    alone = config.bit_scope is Scope.linear and not config.wbits.tied
+    linear_budget = alone and solution.status in CHANGED
     audit = audit_linear(
         swept,
         grid,
@@ -249,6 +251,7 @@ def compress_linear(
         damping=statistics.factor.damping if statistics.factor else None,
         damping_attempts=statistics.attempts,
         plan_damping=information.damping if information else None,
+        stability=information.stability if information else None,
         dead_channels=int(statistics.hessian.dead.sum()),
         tokens=statistics.tokens,
         all_tokens=statistics.hessian.tokens > statistics.tokens,

@@ -8,7 +8,7 @@ widths on contiguous or random groups) need no pass.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,9 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mi_experiments.budgets import allocate_pruning, allocate_widths
 from mi_experiments.config import Config
+from mi_experiments.drafting import drafting_config, measures_loss
 from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block, walk_blocks
@@ -29,14 +31,12 @@ from mi_experiments.measure import (
     measure_hessians,
     measure_loss,
     measure_scarce,
-    measures_loss,
     site_context,
 )
-from mi_experiments.method.allocation import allocate_bits
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
-from mi_experiments.method_config import Allocation, NGroupsConfig, ScarceTokens, Scope
+from mi_experiments.method_config import Allocation, NGroupsConfig, ScarceTokens
 from mi_experiments.resume import Commits
 
 
@@ -52,6 +52,7 @@ class LinearPlan:
         channel_group: group of each channel.
         bits: width of each channel; 16 is not quantized.
         scale_group: channels with one scale and zero point per row.
+        sparsity: how many weights are pruned, and in which pattern.
     """
 
     block: int
@@ -61,6 +62,7 @@ class LinearPlan:
     channel_group: Int[Tensor, "columns"]
     bits: UInt8[Tensor, "columns"]
     scale_group: Int[Tensor, "columns"]
+    sparsity: Sparsity
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Plan:
     Attributes:
         linears: by name, in the order of the model.
         information: by site, where it was measured.
-        sparsity: of every linear.
+        sparsity: of the model: what was asked for.
         requested: average bits asked for.
     """
 
@@ -86,7 +88,10 @@ class Plan:
             tensors[f"{name}.bits"] = linear.bits
             tensors[f"{name}.channel_group"] = linear.channel_group.clone()
             tensors[f"{name}.scale_group"] = linear.scale_group.clone()
-        linears = {n: [p.block, p.site, p.rows, p.columns] for n, p in self.linears.items()}
+        linears = {
+            n: [p.block, p.site, p.rows, p.columns, dataclasses.asdict(p.sparsity)]
+            for n, p in self.linears.items()
+        }
         information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
         rest = {
             "requested": self.requested,
@@ -101,19 +106,21 @@ class Plan:
         """Return what `stored` gave."""
         linears = {}
         rest = json.loads(metadata["plan"])
-        for name, (block, site, rows, columns) in rest["linears"].items():
+        for name, (block, site, rows, columns, sparsity) in rest["linears"].items():
             group, bits, scale_group = (
                 tensors[f"{name}.{key}"] for key in ("channel_group", "bits", "scale_group")
             )
-            linears[name] = LinearPlan(block, site, rows, columns, group, bits, scale_group)
+            linears[name] = LinearPlan(
+                block, site, rows, columns, group, bits, scale_group, Sparsity(**sparsity)
+            )
         information = {s: InformationSummary(**i) for s, i in rest["information"].items()}
         return cls(linears, information, Sparsity(**rest["sparsity"]), rest["requested"])
 
     def fingerprint(self) -> str:
-        """SHA-256 of all groups and widths."""
+        """SHA-256 of all groups, widths and sparsities."""
         digest = hashlib.sha256()
         for name, linear in self.linears.items():
-            shape = [name, linear.rows, linear.columns, repr(self.sparsity)]
+            shape = [name, linear.rows, linear.columns, repr(linear.sparsity)]
             digest.update(json.dumps(shape).encode())
             for tensor in (linear.bits, linear.channel_group, linear.scale_group):
                 digest.update(tensor.cpu().numpy().tobytes())
@@ -123,7 +130,8 @@ class Plan:
 def needs_activations(config: Config) -> bool:
     """Say whether the plan depends on what the channels carry."""
     measured = config.n_groups.grouping not in UNMEASURED and config.n_groups.count > 1
-    return measured or config.wbits.allocation is Allocation.mixed
+    mixed = config.wbits.allocation is Allocation.mixed
+    return measured or mixed or config.sparsity.allocated
 
 
 def plan_compression(
@@ -137,7 +145,7 @@ def plan_compression(
     hessian_bytes: int | None = None,
     commits: Commits | None = None,
 ) -> Plan:
-    """Group the channels of every site and allocate the bit budget.
+    """Group the channels of every site, and allocate the bit budget and the pruned weights.
 
     Args:
         model: the dense model; not changed.
@@ -151,7 +159,8 @@ def plan_compression(
         commits: keep and give back what the loss feels, and the drafts of finished blocks.
 
     Returns:
-        Groups and widths of every linear; the average width is at most the budget, exactly.
+        Groups, widths and sparsity of every linear; the average width is at most the budget, and
+        the total of pruned weights at least what was asked, exactly.
 
     Raises:
         InputError: more groups than channels.
@@ -163,42 +172,58 @@ def plan_compression(
         check_weights(linears)
         for linear in linears:
             check_count(linear.columns, linear.name, config.n_groups)
+    drafting = drafting_config(config)
     finished = read_drafts(commits, len(inventory.modules))
     if len(finished) < len(inventory.modules):
         fisher = measure_loss(
             model,
             calibration,
-            config,
+            drafting,
             weights=weights,
             allocate=allocate,
             commits=commits,
             on_block=on_block,
         )
-        activations = needs_activations(config)
+        activations = needs_activations(drafting)
         walk = walk_blocks(
             model,
             calibration if activations else calibration[:1, :2],
-            batch_size=config.dataset.batch_size,
-            ignore=tuple(config.model.ignore),
-            path=config.model.blocks,
+            batch_size=drafting.dataset.batch_size,
+            ignore=tuple(drafting.model.ignore),
+            path=drafting.model.blocks,
             weights=weights,
             allocate=allocate,
         )
         for block in walk:
             if block.index not in finished:
                 finished[block.index] = draft_block(
-                    block, fisher, activations, config, hessian_bytes
+                    block, fisher, activations, drafting, hessian_bytes
                 )
                 if commits is not None and activations:
                     commits.commit({draft_name(block.index): finished[block.index].stored()})
             on_block(block.name)
     drafts = [linear for _, draft in sorted(finished.items()) for linear in draft.linears]
+    if config.wbits.allocation is Allocation.mixed:
+        drafts = [keep_widths(draft, drafting, config) for draft in drafts]
     information = {
         s: i for _, draft in sorted(finished.items()) for s, i in draft.information.items()
     }
-    return Plan(
-        allocate_widths(drafts, config), information, sparsity_of(config), config.wbits.average
-    )
+    widths, pruned = allocate_widths(drafts, config), allocate_pruning(drafts, config)
+    planned = {
+        draft.name: finish(draft, widths[draft.name], pruned[draft.name], config)
+        for draft in drafts
+    }
+    return Plan(planned, information, sparsity_of(config), config.wbits.average)
+
+
+def keep_widths(draft: DraftLinear, drafting: Config, config: Config) -> DraftLinear:
+    """Leave a draft the prices of those widths that a group may get."""
+    if draft.prices is None:
+        return draft
+    priced = drafting.wbits.candidate_widths()
+    kept = [priced.index(width) for width in config.wbits.candidate_widths()]
+    prices = dataclasses.replace(draft.prices, costs=draft.prices.costs[:, kept])
+    return dataclasses.replace(draft, prices=prices)
 
 
 def count_steps(blocks: int, config: Config) -> int:
@@ -251,43 +276,9 @@ def read_drafts(commits: Commits | None, blocks: int) -> dict[int, Draft]:
     return {block: Draft.read(*content) for block, content in found.items() if content is not None}
 
 
-def allocate_widths(drafts: Iterable[DraftLinear], config: Config) -> dict[str, LinearPlan]:
-    """Choose every group's width within the budget of its linear, its site or the model."""
-    drafts = list(drafts)
-    wbits = config.wbits
-    chosen: dict[str, Int[Tensor, "groups"]] = {}
-    if wbits.allocation is Allocation.mixed:
-        shares: dict[object, list[DraftLinear]] = {}
-        for draft in drafts:
-            if draft.prices is not None:
-                shares.setdefault(share(draft, wbits.scope), []).append(draft)
-        for members in shares.values():
-            chosen |= allocate_share(members, config)
-    for draft in drafts:
-        groups = int(draft.channel_group.max()) + 1
-        chosen.setdefault(draft.name, torch.full((groups,), int(wbits.average)))
-    return {draft.name: finish(draft, chosen[draft.name], config) for draft in drafts}
-
-
-def share(draft: DraftLinear, scope: Scope) -> object:
-    """Name the budget that a linear draws from."""
-    return {Scope.linear: draft.name, Scope.site: draft.site, Scope.model: None}[scope]
-
-
-def allocate_share(members: list[DraftLinear], config: Config) -> Mapping[str, Tensor]:
-    """Spend one budget over the groups of all linears that share it."""
-    prices = [member.prices for member in members if member.prices is not None]
-    widths = allocate_bits(
-        torch.cat([price.costs for price in prices]),
-        torch.cat([price.sizes for price in prices]),
-        config.wbits.candidate_widths(),
-        config.wbits.average,
-    )
-    parts = torch.split(widths, [len(price.sizes) for price in prices])
-    return {member.name: part for member, part in zip(members, parts, strict=True)}
-
-
-def finish(draft: DraftLinear, widths: Int[Tensor, "groups"], config: Config) -> LinearPlan:
+def finish(
+    draft: DraftLinear, widths: Int[Tensor, "groups"], sparsity: Sparsity, config: Config
+) -> LinearPlan:
     """Spread the groups' widths over the channels."""
     group = draft.channel_group
     return LinearPlan(
@@ -298,6 +289,7 @@ def finish(draft: DraftLinear, widths: Int[Tensor, "groups"], config: Config) ->
         channel_group=group,
         bits=widths[group.long()].to(torch.uint8),
         scale_group=scale_groups(group, config.wbits.group_size),
+        sparsity=sparsity,
     )
 
 

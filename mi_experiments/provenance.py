@@ -24,7 +24,15 @@ from mi_experiments.scrubbing import scrub
 NUMERICS_VERSION = 2
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
 
-INCIDENTAL = ("tracking", "memory", "dry_run", "resume", "recipe.max_escalated")
+INCIDENTAL = (
+    "tracking",
+    "memory",
+    "reuse",
+    "dry_run",
+    "resume",
+    "expected",
+    "recipe.max_escalated",
+)
 """Parts of the config that move no number."""
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")

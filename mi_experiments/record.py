@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mi_experiments.atomic import write_atomically
+from mi_experiments.candidates import SafetyNet
 
 RESULT = "result.json"
 LINEARS = "linears.parquet"
@@ -61,6 +62,8 @@ class LinearReport:
             16 bits a weight.
         plan_damping: share that was added to the dense model's Hessian, which groups and prices
             come from; None if that was not measured.
+        stability: adjusted Rand index between the groups that two halves of the calibration tokens
+            give; None where groups do not come from tokens.
         retries: how often memory was short while its site was measured or it was compressed, and
             the work was done again in smaller pieces; of sites measured together, the first counts.
     """
@@ -90,6 +93,7 @@ class LinearReport:
     plan_damping: float | None = None
     retries: int = 0
     all_tokens: bool = False
+    stability: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -212,6 +216,11 @@ class Result:
         dropped: calibration samples that were left out, and in what they were not finite; messages
             of later phases count the samples that are left.
         retries: how often memory was short and work was done again in smaller pieces.
+        reused: by phase, what was not computed but read, because another job had computed it; the
+            seconds of that phase are those of reading, and of waiting for that job.
+        stability: mean of that of the linears, by their weights; None where none has one.
+        safety_net: what it compared and kept; None without one.
+        compressed_sha256: of all compressed blocks; None until there are all.
     """
 
     status: str
@@ -230,6 +239,10 @@ class Result:
     statuses: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     retries: int = 0
+    reused: dict[str, list[str]] = field(default_factory=dict)
+    stability: float | None = None
+    safety_net: SafetyNet | None = None
+    compressed_sha256: str | None = None
 
 
 def write_result(result: Result, run_dir: Path) -> None:
@@ -245,7 +258,8 @@ def read_result(run_dir: Path) -> Result:
         data[key] = {name: Evaluation(**entry) for name, entry in data[key].items()}
     data["provenance"] = data["provenance"] and Provenance(**data["provenance"])
     data["bits"] = data["bits"] and Bits(**data["bits"])
-    return Result(**data)
+    net = data.get("safety_net")
+    return Result(**{**data, "safety_net": net and SafetyNet.from_json(net)})
 
 
 LINEAR_SCHEMA = pa.schema([
@@ -273,6 +287,7 @@ LINEAR_SCHEMA = pa.schema([
     ("plan_damping", pa.float64()),
     ("retries", pa.int64()),
     ("all_tokens", pa.bool_()),
+    ("stability", pa.float64()),
 ])
 TIMING_SCHEMA = pa.schema([("name", pa.string()), ("seconds", pa.float64())])
 

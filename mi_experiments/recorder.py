@@ -52,7 +52,12 @@ class Recorder:
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
             # Of an earlier process only its time counts: all else is committed, or done again.
             earlier = read_result(run_dir)
-            self.result = replace(self.result, seconds=earlier.seconds, resumed=earlier.resumed + 1)
+            self.result = replace(
+                self.result,
+                seconds=earlier.seconds,
+                reused=earlier.reused,
+                resumed=earlier.resumed + 1,
+            )
             self.earlier_retries = earlier.retries
 
     def open(self) -> None:
@@ -70,6 +75,15 @@ class Recorder:
         if len(self.linears) > self.written:
             write_linears(self.linears, self.run_dir)
             self.written = len(self.linears)
+
+    def note_reused(self, phase: str, name: str) -> None:
+        """Record at once that a part of a phase was read and not computed.
+
+        A run that is continued finds that part among its own, and would not know.
+        """
+        log.info("%s: %s is reused", phase, name)
+        names = dict.fromkeys([*self.result.reused.get(phase, []), name])
+        self.update(reused=self.result.reused | {phase: list(names)})
 
     @contextmanager
     def count_retries(self) -> Iterator[None]:

@@ -167,7 +167,12 @@ class Commits:
             path = self.run_dir / name
             path.unlink(missing_ok=True)
             damaged_sibling(path).unlink(missing_ok=True)
-        for folder in folders:
+        emptied = {
+            Path(*parts[:depth])
+            for parts in (Path(name).parts for name in self.files.keys() - kept.keys())
+            for depth in range(1, len(parts))
+        }
+        for folder in sorted(emptied, key=lambda folder: (-len(folder.parts), folder)):
             # One that holds anything else stays.
             with suppress(OSError):
                 (self.run_dir / folder).rmdir()
@@ -242,10 +247,18 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self.listening = False
 
     @contextmanager
-    def listen(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1, which schedulers send, as that; a second one ends all."""
+    def listen(self, *more: signal.Signals) -> Iterator[None]:
+        """Take SIGTERM and SIGUSR1, which schedulers send, as that; a second one ends all.
+
+        Args:
+            more: other signals to take so. Inside of another call nothing changes.
+        """
+        if self.listening:
+            yield
+            return
         self.received = None
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -255,11 +268,13 @@ class StopRequest:
             self.received = signal.Signals(number).name
             signal.signal(number, previous[number])
 
-        signals = (signal.SIGTERM, signal.SIGUSR1)
+        signals = (signal.SIGTERM, signal.SIGUSR1, *more)
         previous: dict[int, Any] = {number: signal.signal(number, note) for number in signals}
+        self.listening = True
         try:
             yield
         finally:
+            self.listening = False
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

@@ -47,7 +47,7 @@ PROVENANCE = ("numerics_version", "device", "tokens_sha256")
 NO_SETTING = {"run", "status", "error", "runs", *RESULTS} | {
     f"{name}{suffix}" for name in AVERAGED for suffix in (INTERVAL, COUNT)
 }
-BOOKKEEPING = re.compile(r"tracking\..*|export|dry_run")
+BOOKKEEPING = re.compile(r"tracking\..*|expected(\..*)?|export|reuse|dry_run")
 """Keys that cannot move a number: runs that differ in nothing else are alike."""
 
 

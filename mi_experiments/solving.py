@@ -4,6 +4,7 @@ Where there is nothing to solve, that is said here too: a linear that is to stay
 Hessian is singular and that the recipe skips, and one whose weights are all pruned.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mi_experiments.config import Config
 from mi_experiments.errors import SingularError
+from mi_experiments.method.damping import damp
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
 from mi_experiments.method.information import total_correlation
@@ -81,8 +83,15 @@ class SiteStatistics:
         return torch.arange(len(self.hessian.diagonal), device=self.hessian.diagonal.device)
 
 
-def factorize_site(measured: Measured, sparsity: Sparsity, config: Config) -> SiteStatistics:
+def factorize_site(
+    measured: Measured, sparsities: Collection[Sparsity], config: Config
+) -> SiteStatistics:
     """Factorize a site's Hessian in the order of the sweep, once for all its linears.
+
+    Args:
+        measured: at the site.
+        sparsities: of its linears; patterns n:m are the same for all.
+        config: of the run.
 
     Raises:
         SingularError: it cannot be, and the recipe does not say to skip its linears.
@@ -91,12 +100,19 @@ def factorize_site(measured: Measured, sparsity: Sparsity, config: Config) -> Si
     without = SiteStatistics(hessian, None, (), drift, measured.tokens)
     if measured.kept:
         return replace(without, kept=True)
-    if sparsity.ratio == 1:
+    if all(sparsity.ratio == 1 for sparsity in sparsities):
         return without
-    order = sweep_order(hessian.diagonal, recipe.order, window=max(1, sparsity.m))
+    window = max(1, *(sparsity.m for sparsity in sparsities))
+    order = sweep_order(hessian.diagonal, recipe.order, window=window)
     escalate = recipe.on_singular is OnSingular.escalate
     try:
-        factor = factorize(hessian, damping=recipe.damping, order=order, escalate=escalate)
+        factor = factorize(
+            hessian,
+            damping=recipe.damping,
+            power=recipe.damping_power,
+            order=order,
+            escalate=escalate,
+        )
     except SingularError as error:
         if recipe.on_singular is not OnSingular.skip:
             line = "recipe.on_singular=skip leaves the linears that read it as they are"
@@ -130,10 +146,10 @@ def solve_linear(
     original: Float[Tensor, "rows columns"],
     statistics: SiteStatistics,
     linear_plan: LinearPlan,
-    sparsity: Sparsity,
     config: Config,
 ) -> Solution:
     """Compress one matrix, or leave it as it is if nothing is asked or if it must be skipped."""
+    sparsity = linear_plan.sparsity
     untouched = sparsity.is_dense and bool((linear_plan.bits == UNQUANTIZED).all())
     if untouched or statistics.skipped or statistics.kept:
         status = "untouched" if untouched else "kept" if statistics.kept else "skipped"
@@ -144,7 +160,7 @@ def solve_linear(
         swept, grid = erase(original, hessian, linear_plan, config)
         return Solution("compressed", original, swept, grid, linear_plan.bits, sparsity)
     target = aim(original, hessian, factor, statistics.drift, config)
-    swept, grid = solve(target, hessian, factor, linear_plan, sparsity, config)
+    swept, grid = solve(target, hessian, factor, linear_plan, config)
     status = "escalated" if len(statistics.attempts) > 1 else "compressed"
     return Solution(status, target, swept, grid, linear_plan.bits, sparsity)
 
@@ -231,11 +247,10 @@ def solve(
     hessian: Hessian,
     factor: Factor,
     linear_plan: LinearPlan,
-    sparsity: Sparsity,
     config: Config,
 ) -> tuple[Swept, Grid | None]:
     """Prune and quantize one matrix as the recipe says."""
-    block = config.sparsity.mask_block
+    sparsity, block = linear_plan.sparsity, config.sparsity.mask_block
     quantized = bool((linear_plan.bits < UNQUANTIZED).any())
     pruning = None if sparsity.is_dense else sparsity
     if not quantized:
@@ -257,7 +272,7 @@ def solve(
 def damped_hessian(hessian: Hessian, factor: Factor) -> Float[Tensor, "columns columns"]:
     """Return H′, with the damping that the factor finally used."""
     damped = hessian.matrix.clone()
-    damped.diagonal().add_(factor.damping * hessian.diagonal.mean())
+    damped.diagonal().copy_(damp(hessian.diagonal, factor.damping, factor.power))
     return damped
 
 

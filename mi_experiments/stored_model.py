@@ -5,6 +5,7 @@ are finished; the compressed model is evaluated from these files, and an export 
 with the rest of the model beside them. What is stored is what is evaluated.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ MODEL = "model"
 GRIDS = "grids"
 PACKED = "packed"
 REPORTS = "reports"
-SCAFFOLDING = ("drafts", "evaluations", REPORTS)
+CANDIDATES = "candidates"
+SCAFFOLDING = ("drafts", "evaluations", REPORTS, CANDIDATES)
 """Folders of what only serves to continue the run."""
 
 PARTS = (MODEL, GRIDS, PACKED, *SCAFFOLDING)
@@ -43,11 +45,13 @@ class StoredModel:
         weights: read finished blocks from `model/`, all others from the original checkpoint.
         commits: of the run.
         config: of the run.
+        folder: of a candidate that may not be kept, with a slash; empty for the model of the run.
     """
 
     weights: BlockWeights
     commits: Commits
     config: Config
+    folder: str = ""
 
     def find(self, block: int) -> bool:
         """Say whether a block was finished earlier; if so, it is read from there from now on."""
@@ -86,6 +90,36 @@ class StoredModel:
         rows = self.commits.read_json(self._names(block)[1]) or []
         return [LinearReport.from_json(row) for row in rows]
 
+    def take_over(self, candidate: "StoredModel") -> None:
+        """Put the finished blocks of a candidate into the place of those of the run.
+
+        A process that is killed in between does this again, and nothing else.
+
+        Raises:
+            ResumableError: the disk is full, or a block was damaged since it was written.
+        """
+        for block in range(len(self.weights.blocks)):
+            names = self._names(block)
+            for name, source in zip(names, candidate._names(block), strict=True):
+                wanted = self.commits.files[source]["sha256"]
+                there = self.commits.files.get(name, {}).get("sha256") == wanted
+                if there and self.commits.find(name) is not None:
+                    continue
+                path = self.commits.find(source)
+                if path is None:
+                    raise ResumableError(
+                        f"{source} was damaged after it was chosen: give the same command again to "
+                        "compute it once more"
+                    )
+                self.commits.commit({name: path.read_bytes()})
+            self.weights.redirect(block, self.commits.run_dir / names[0])
+
+    def sha256(self) -> str:
+        """Return one hash of the weights of all compressed blocks."""
+        names = [self._file(block + 1) for block in range(len(self.weights.blocks))]
+        hashes = [self.commits.files[name]["sha256"] for name in names]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
     def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
 
@@ -117,13 +151,14 @@ class StoredModel:
 
     def _names(self, block: int) -> list[str]:
         """Return the files of a block: weights, reports, and what the export asks for."""
-        names = [self._file(block + 1), f"{REPORTS}/{block:05}.json"]
-        folder = {Export.dense: GRIDS, Export.packed: PACKED}.get(self.config.export)
-        return names if folder is None else [*names, f"{folder}/{block:05}.safetensors"]
+        names = [self._file(block + 1), f"{self.folder}{REPORTS}/{block:05}.json"]
+        part = {Export.dense: GRIDS, Export.packed: PACKED}.get(self.config.export)
+        return names if part is None else [*names, f"{self.folder}{part}/{block:05}.safetensors"]
 
     def _file(self, number: int) -> str:
         """Return a file of the model: 0 is what lies outside the blocks."""
-        return f"{MODEL}/model-{number + 1:05}-of-{len(self.weights.blocks) + 1:05}.safetensors"
+        count = len(self.weights.blocks) + 1
+        return f"{self.folder}{MODEL}/model-{number + 1:05}-of-{count:05}.safetensors"
 
     def _read_back(self, block: int, name: str) -> None:
         """Take a block's weights from what was written, and require that not a bit differs."""

@@ -1,7 +1,7 @@
 """From config to tokens: calibration sequences and evaluation windows that never overlap."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mi_experiments.config import Config
 from mi_experiments.embedded import language
 from mi_experiments.errors import InputError
-from mi_experiments.llm.calibration import calibration_tokens
+from mi_experiments.llm.calibration import calibration_tokens, held_out_tokens
 from mi_experiments.llm.corpora import existing_file, locate_corpus, read_documents
 from mi_experiments.llm.token_cache import cache_key, cached
 from mi_experiments.llm.windows import (
@@ -168,13 +168,57 @@ def calibration_sequences(
     source = calibration_source(config)
     if source is None:
         wanted = dataset.nsamples * dataset.seqlen
-        documents = language.documents("calibration", wanted // 32 + 64)
+        documents = language.documents("calibration", calibration_documents(wanted))
         return calibration_tokens(tokenizer, documents, **options)
 
     def draw() -> dict[str, Tensor]:
         return {"tokens": calibration_tokens(tokenizer, source.read(), **options)}
 
-    return cached(source.key(tokenizer, options), draw)["tokens"]
+    return tokens_of(source.key(tokenizer, options), draw, config)["tokens"]
+
+
+def held_out_sequences(
+    tokenizer: PreTrainedTokenizerBase, config: Config
+) -> Int[Tensor, "sequences seqlen"]:
+    """Return sequences of the calibration text on which nothing is measured.
+
+    They are an eighth as many as nsamples, and at least 4; no token of them is in
+    `calibration_sequences` or in an evaluation text.
+
+    Raises:
+        InputError: the text does not have as many, or calibration draws with replacement.
+    """
+    dataset = config.dataset
+    count = max(4, dataset.nsamples // 8)
+    options: dict[str, Any] = {
+        "seqlen": dataset.seqlen,
+        "seed": dataset.seed,
+        "sampling": dataset.sampling,
+        "add_bos": dataset.add_bos,
+    }
+    source = calibration_source(config)
+    if source is None:
+        # The synthetic language never ends: documents that calibration does not reach.
+        first = calibration_documents(dataset.nsamples * dataset.seqlen)
+        further = calibration_documents(count * dataset.seqlen)
+        documents = language.documents("calibration", first + further)[first:]
+        return calibration_tokens(
+            tokenizer, documents, nsamples=count, allow_fewer=False, **options
+        )
+
+    def draw() -> dict[str, Tensor]:
+        held_out = held_out_tokens(
+            tokenizer, source.read(), count=count, nsamples=dataset.nsamples, **options
+        )
+        return {"tokens": held_out}
+
+    key = {**options, "held_out": count, "nsamples": dataset.nsamples}
+    return cached(source.key(tokenizer, key), draw)["tokens"]
+
+
+def calibration_documents(tokens: int) -> int:
+    """Return how many documents of the synthetic language surely hold so many tokens."""
+    return tokens // 32 + 64
 
 
 def evaluation_texts(tokenizer: PreTrainedTokenizerBase, config: Config) -> list[EvaluationText]:
@@ -209,7 +253,9 @@ def cut_text(
         def compute() -> dict[str, Tensor]:
             return evaluation_windows(tokenizer, source.read(), **options).to_tensors()
 
-        cut = EvaluationWindows.from_tensors(cached(source.key(tokenizer, options), compute))
+        cut = EvaluationWindows.from_tensors(
+            tokens_of(source.key(tokenizer, options), compute, config)
+        )
     return EvaluationText(
         name=name,
         cut=text.windows.name,
@@ -220,6 +266,13 @@ def cut_text(
         sha256=token_hash(torch.cat(list(cut.windows))),
         floor=floor,
     )
+
+
+def tokens_of(
+    key: str, compute: Callable[[], dict[str, Tensor]], config: Config
+) -> dict[str, Tensor]:
+    """Return tokens from their cache, or computed where nothing is to be reused."""
+    return cached(key, compute) if config.reuse else compute()
 
 
 def shares_file(path: str | None, text: CorpusConfig) -> bool:

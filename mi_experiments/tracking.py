@@ -13,16 +13,18 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import wandb
 
 from mi_experiments.composing import to_plain
-from mi_experiments.config import Config, TrackingMode
+from mi_experiments.config import Config, TrackingConfig, TrackingMode
 from mi_experiments.record import Evaluation, LinearReport, Result, weighted_mean
 from mi_experiments.scrubbing import scrub
 
@@ -36,6 +38,7 @@ METRICS = (
     "total_correlation",
     "pairwise_information",
     "redundancy",
+    "stability",
     "seconds",
 )
 """What is drawn over the linears and over the blocks."""
@@ -43,8 +46,8 @@ METRICS = (
 CALL_SECONDS = 30.0
 """Longest wait for the client to take a record, to look for a key, or to shut down."""
 
-UPLOAD_SECONDS = 60.0
-"""Longest wait for the last records of an online run to arrive at the server."""
+CLIENT_THREADS = ("ChkStopThr", "IntMsgThr", "NetStatThr")
+"""Of the client, which fail with a page of text each when its service is shut down before them."""
 
 Outcome = tuple[Any, str | None]
 """What the client returned and None; or None and in one line why it returned nothing."""
@@ -56,12 +59,17 @@ class Tracker:
     Attributes:
         mode: `online`, `offline` or `disabled`: what it really is.
         fallback: one line when that is not what was asked, or when recording stopped.
+        finish_timeout: seconds that the last records may take to arrive at the server.
         directory: folder of this run's records on disk; None if there are none.
     """
 
-    def __init__(self, run: Any, mode: str, fallback: str | None = None) -> None:
+    def __init__(
+        self, run: Any, mode: str, fallback: str | None = None, finish_timeout: int = 0
+    ) -> None:
         self.mode = mode
         self.fallback = fallback
+        self.finish_timeout = finish_timeout
+        self.failed = False
         self.directory = Path(run.dir).parent if run is not None else None
         self._run = run
         self._url = run.url if run is not None else None
@@ -86,19 +94,19 @@ class Tracker:
         # The client reports its own errors over the network, even from offline runs.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         options = describe_run(config, run_dir, sweep_dir, job)
-        timeout = config.tracking.init_timeout
+        tracking = config.tracking
         reason = None
         if asked != "offline":
             found, reason = attempt(has_key, CALL_SECONDS)
             if found:
-                run, reason = start("online", options, timeout)
+                run, reason = start("online", options, tracking)
                 if run is not None:
-                    return cls(run, mode="online")
+                    return cls(run, "online", finish_timeout=tracking.finish_timeout)
                 for unfinished in Path(options["dir"], "wandb").glob(f"run-*-{options['id']}"):
                     shutil.rmtree(unfinished, ignore_errors=True)
             elif asked == "online":
                 reason = reason or "no API key was found (wandb login)"
-        run, failure = start("offline", options, timeout)
+        run, failure = start("offline", options, tracking)
         if run is None:
             return cls(None, mode="disabled", fallback=f"W&B records nothing: {failure}")
         return cls(run, mode="offline", fallback=f"W&B is offline: {reason}" if reason else None)
@@ -156,10 +164,14 @@ class Tracker:
         self._call(lambda run: run.log(row))
 
     def _close(self, exit_code: int) -> None:
-        self._call(lambda run: run.finish(exit_code=exit_code), UPLOAD_SECONDS)
+        self._call(lambda run: run.finish(exit_code=exit_code), self.finish_timeout)
         self._run = None
+        if self.failed:
+            # Only now, when it is known how the run ended: what is on disk says so, and is synced.
+            self.failed = False
+            stop_client(exit_code)
 
-    def _call(self, record: Callable[[Any], object], upload: float = 0.0) -> None:
+    def _call(self, record: Callable[[Any], object], upload: int = 0) -> None:
         """Hand records to the client; after its first failure, nothing more."""
         run = self._run
         if run is None:
@@ -170,7 +182,7 @@ class Tracker:
             stopped = f"W&B stopped recording: {failure}"
             self.fallback = f"{self.fallback}; {stopped}" if self.fallback else stopped
             log.warning("%s", stopped)
-            stop_client()
+            self.failed = True
 
 
 def asked_mode(mode: TrackingMode) -> str:
@@ -188,26 +200,48 @@ def has_key() -> bool:
     return wandb.login(prompt=False, verify=False)
 
 
-def start(mode: Literal["online", "offline"], options: dict[str, Any], timeout: int) -> Outcome:
+def start(
+    mode: Literal["online", "offline"], options: dict[str, Any], tracking: TrackingConfig
+) -> Outcome:
     """Start a run and its curves."""
 
     def begin() -> Any:
         wandb.setup(settings=wandb.Settings(silent=True))
-        run = wandb.init(mode=mode, settings=private_settings(timeout), **options)
+        run = wandb.init(mode=mode, settings=private_settings(tracking), **options)
         for axis in ("layer", "block"):
             run.define_metric(axis, summary="none")
             run.define_metric(f"{axis}/*", step_metric=axis, summary="none")
         return run
 
-    run, failure = attempt(begin, timeout + CALL_SECONDS)
+    run, failure = attempt(begin, tracking.init_timeout + CALL_SECONDS)
     if failure:
         stop_client()
     return run, failure
 
 
-def stop_client() -> None:
+def stop_client(exit_code: int = 1) -> None:
     """Shut the client's service down, so that the next run starts with a sound one."""
-    attempt(lambda: wandb.teardown(exit_code=1), CALL_SECONDS)
+    hook = threading.excepthook
+    threading.excepthook = lambda args: None if args.thread in started else hook(args)
+    started = {t for t in threading.enumerate() if t.name in CLIENT_THREADS}
+    _, failure = attempt(lambda: wandb.teardown(exit_code=exit_code), CALL_SECONDS)
+    if failure:
+        # It would go on asking the server for hours, and keep the terminal or pipe of this run.
+        for process in service_processes():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def service_processes() -> list[int]:
+    """Return the ids of the client's services that this process has started; on Linux."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = file.read_text(errors="replace").split("\0")
+            own = ["--pid", str(os.getpid())] in [words[i : i + 2] for i in range(len(words))]
+            if own and Path(words[0]).name == "wandb-core":
+                found.append(int(file.parent.name))
+    return found
 
 
 def attempt(action: Callable[[], Any], seconds: float) -> Outcome:
@@ -227,11 +261,11 @@ def attempt(action: Callable[[], Any], seconds: float) -> Outcome:
     return outcome[-1]
 
 
-def private_settings(timeout: int) -> wandb.Settings:
+def private_settings(tracking: TrackingConfig) -> wandb.Settings:
     """Return settings that keep the terminal clean and the machine's details out of the records."""
     return wandb.Settings(
-        init_timeout=timeout,
-        finish_timeout=UPLOAD_SECONDS,
+        init_timeout=tracking.init_timeout,
+        finish_timeout=tracking.finish_timeout,
         finish_timeout_raises=True,
         use_dot_wandb=False,
         console="off",
@@ -277,11 +311,16 @@ def sweep_name(sweep_dir: Path) -> str:
 def summary_of(result: Result) -> dict[str, Any]:
     """Return the numbers of a run as flat keys, those that are known."""
     summary = {"status": result.status, "error": scrub(result.error), "sparsity": result.sparsity}
+    summary["stability"] = result.stability
+    if net := result.safety_net:
+        summary["safety_net/kept"] = net.kept
+        summary |= {f"safety_net/{name}/kl": entry.kl for name, entry in net.candidates.items()}
     for phase, texts in (("dense", result.dense), ("compressed", result.compressed)):
         summary |= {f"{phase}/{name}/perplexity": e.perplexity for name, e in texts.items()}
     if result.bits is not None:
         summary |= {f"bits/{name}": value for name, value in vars(result.bits).items()}
     summary |= {f"seconds/{name}": value for name, value in result.seconds.items()}
+    summary |= {f"reused/{phase}": len(names) for phase, names in result.reused.items()}
     return {name: value for name, value in summary.items() if value is not None}
 
 

@@ -36,17 +36,35 @@ def check_budget(linears: Sequence[LinearReport], plan: Plan) -> Bits:
     return total_bits(linears, plan.requested)
 
 
+def check_sparsity(linears: Sequence[LinearReport], plan: Plan) -> float:
+    """Return the share of pruned weights, and hold the plan to what was asked of the model.
+
+    That each linear follows the plan, to the weight in every mask block, its audit has checked.
+
+    Raises:
+        AuditError: the linears were to prune less than was asked of the model.
+    """
+    asked = plan.sparsity.ratio
+    planned = {linear.name: plan.linears[linear.name].sparsity.ratio for linear in linears}
+    if (average := weighted_mean(linears, planned)) < asked - 1e-12:
+        raise AuditError(f"a share of {average} is pruned where {asked} were requested")
+    return weighted_mean(linears, {linear.name: linear.sparsity for linear in linears})
+
+
 def totals(linears: Sequence[LinearReport], plan: Plan) -> dict[str, Any]:
     """Sum up all linears, as fields of the result, and hold the model to its budget.
 
     Raises:
         AuditError: the compressed linears took more than their share of the budget.
     """
+    stabilities = {x.name: x.stability for x in linears if x.stability is not None}
+    grouped = [linear for linear in linears if linear.name in stabilities]
     return {
         "bits": check_budget(linears, plan),
-        "sparsity": weighted_mean(linears, {linear.name: linear.sparsity for linear in linears}),
+        "sparsity": check_sparsity(linears, plan),
         "weights": sum(linear.weights for linear in linears),
         "statuses": dict(Counter(linear.status for linear in linears)),
+        "stability": weighted_mean(grouped, stabilities) if grouped else None,
     }
 
 

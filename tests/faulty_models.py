@@ -19,7 +19,7 @@ from mi_experiments.solving import Measured, factorize_site, solve_linear
 
 SMALL = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"]
 
-BLIND = ["wbits=uniform", "n_groups=contiguous"]
+BLIND = ["wbits=uniform", "n_groups=contiguous", "sparsity.scope=linear"]
 """Plans without looking at activations, so that faults meet the sweep."""
 
 UNDAMPED = ["recipe=textbook", "recipe.damping=0", "sparsity=dense"]
@@ -102,11 +102,11 @@ def solve_here(
     rows, columns = weight.shape
     one = torch.zeros(columns, dtype=torch.int32)
     widths = torch.full((columns,), bits, dtype=torch.uint8)
-    linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one)
     sparsity = Sparsity(ratio)
+    linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one, sparsity)
     hessian = measure(inputs)
-    statistics = factorize_site(Measured(hessian, None, hessian.tokens), sparsity, config)
-    solution = solve_linear(weight, statistics, linear_plan, sparsity, config)
+    statistics = factorize_site(Measured(hessian, None, hessian.tokens), [sparsity], config)
+    solution = solve_linear(weight, statistics, linear_plan, config)
     audit_linear(
         solution.swept,
         solution.grid,

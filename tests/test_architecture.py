@@ -11,14 +11,17 @@ PACKAGE = Path(__file__).parents[1] / "mi_experiments"
 FORBIDDEN = {
     "method": ("llm", "embedded", "config", "record", "plan", "pipeline", "experiment", "commands",
                "tracking", "texts", "measure", "provenance", "progress", "dry_run", "atomic",
-               "resume", "drafts", "stored_model", "recorder", "phases"),
+               "resume", "drafts", "stored_model", "recorder", "phases", "drafting", "reuse",
+               "content_store"),
     "llm": ("method", "embedded", "config", "record", "plan", "pipeline", "experiment", "commands",
             "tracking", "texts", "measure", "provenance", "progress", "dry_run", "resume", "drafts",
-            "stored_model", "recorder", "phases"),
+            "stored_model", "recorder", "phases", "drafting", "reuse"),
     "embedded": ("method", "config", "record", "plan", "pipeline", "experiment", "commands"),
     "record": ("config", "llm", "method", "plan", "pipeline", "experiment", "commands"),
     "recorder": ("llm", "method", "plan", "pipeline", "experiment", "commands", "tracking"),
     "drafts": ("plan", "pipeline", "experiment", "commands", "tracking", "embedded", "resume"),
+    "drafting": ("plan", "drafts", "measure", "experiment", "commands", "llm", "resume"),
+    "reuse": ("phases", "pipeline", "experiment", "commands", "tracking", "embedded"),
     "stored_model": ("plan", "phases", "experiment", "commands", "tracking", "embedded"),
     "phases": ("experiment", "commands", "embedded"),
     "config": ("record", "plan", "pipeline", "experiment", "commands", "embedded"),
@@ -29,7 +32,12 @@ FORBIDDEN = {
     "views": ("plan", "pipeline", "experiment", "commands", "config", "llm", "method"),
 }  # fmt: skip
 
-GROUND = {"errors": set(), "atomic": {"errors"}, "resume": {"atomic", "errors"}}
+GROUND = {
+    "errors": set(),
+    "atomic": {"errors"},
+    "content_store": {"atomic", "errors"},
+    "resume": {"atomic", "errors"},
+}
 """What everything may stand on, and all that it stands on itself."""
 
 WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
@@ -47,11 +55,15 @@ MAY_WRITE = {
     # Into the folder that it is given, which stored_model makes, reads and removes.
     "llm/export.py": {"save_pretrained", "to_json_file"},
     # Into a temporary folder, to be hashed.
-    "llm/token_cache.py": {"save_pretrained", "open"},
+    "llm/token_cache.py": {"save_pretrained"},
+    # Locks, which hold nothing.
+    "content_store.py": {"open"},
     # Memory that the system may write out; the file has no name while it is used.
     "llm/activations.py": {"from_file"},
     # The lock, which holds nothing, and the log, which only grows.
     "commands/run.py": {"open", "FileHandler"},
+    # The lock of a sweep, which only says who holds it.
+    "sweeps.py": {"open"},
     # Figures, into a folder that the user names, drawn again in seconds.
     "views/plots.py": {"savefig"},
     # To the server of Weights & Biases.

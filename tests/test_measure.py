@@ -27,6 +27,7 @@ REQUEST: dict[str, Any] = {"revision": None, "dtype": "auto", "device": "cpu", "
 FISHER = (
     "wbits.cost=fisher", "wbits.scope=model", "wbits.fisher_samples=3", "wbits.average=3",
     "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+    "sparsity.scope=linear",
 )  # fmt: skip
 
 

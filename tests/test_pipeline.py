@@ -19,7 +19,10 @@ ARCHITECTURES = ["llama", "qwen3", "opt", "gemma3", "gpt2", "gpt_neox"]
 
 
 def config_of(*overrides: str) -> Config:
-    small = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"]
+    small = [
+        "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+        "sparsity.scope=linear", "wbits.scope=linear", "wbits.cost=distortion",
+    ]  # fmt: skip
     with initialize_config_dir(conf_directory(), version_base="1.3"):
         return from_hydra(compose("config", overrides=[*small, *overrides]))
 

@@ -1,6 +1,7 @@
 """Prices are the errors of grids really fitted, and a saved plan holds every decision."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from mi_experiments.atomic import save_atomically
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
-from mi_experiments.drafts import Draft, price_groups
+from mi_experiments.drafts import Draft, price_groups, price_pruning
+from mi_experiments.errors import AuditError, InputError
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
+from mi_experiments.method.pruning import Sparsity, possible_parts
+from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, draft_block, plan_compression
+from mi_experiments.verdict import check_sparsity
 
 ROWS, COLUMNS, GROUPS = 6, 12, 3
 
@@ -53,6 +58,7 @@ def test_prices_are_those_of_a_plain_loop(
     if pruning != "sparsity=dense":
         pruned = torch.zeros_like(weight, dtype=torch.bool)
         pruned.view(-1)[score.view(-1).argsort()[: ROWS * COLUMNS // 2]] = True
+    felt = loss if cost == "fisher" else torch.ones(ROWS)
     expected = torch.zeros(GROUPS, 3, dtype=torch.float64)
     for place, width in enumerate((2, 4)):
         bits = torch.full((COLUMNS,), width, dtype=torch.uint8)
@@ -64,7 +70,7 @@ def test_prices_are_those_of_a_plain_loop(
         for row in range(ROWS):
             for column in range(COLUMNS):
                 if pruned is None or not pruned[row, column]:
-                    price = float(loss[row]) * float(error[row, column]) ** 2 / inverse[column]
+                    price = float(felt[row]) * float(error[row, column]) ** 2 / inverse[column]
                     expected[int(group[column]), place] += price
     if cost == "relative":
         expected /= float((weight @ hessian.matrix * weight).sum())
@@ -115,8 +121,9 @@ def test_a_plan_is_read_back_as_the_value_it_was(
 @pytest.mark.parametrize("allocation", ["mixed", "uniform"])
 def test_a_draft_is_read_back_as_the_value_it_was(allocation: str, tiny_model, tiny_tokens) -> None:
     config = config_of(
-        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"
-    )
+        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+        "wbits.cost=relative", "sparsity.cost=distortion",
+    )  # fmt: skip
     walk = walk_blocks(tiny_model("llama"), tiny_tokens(4, 16), batch_size=2)
     for block in walk:
         draft = draft_block(block, {}, True, config)
@@ -137,3 +144,91 @@ def test_fisher_costs_weigh_linears_against_each_other(tiny_model, tiny_tokens) 
     felt = [linear for name, linear in made.linears.items() if name not in silent]
     assert all((made.linears[name].bits == 2).all() for name in silent)
     assert max(float(linear.bits.float().mean()) for linear in felt) > 3
+
+
+@pytest.mark.parametrize("cost", ["distortion", "relative", "fisher"])
+def test_prices_of_pruning_are_those_of_a_plain_loop(
+    cost: str, site: tuple[torch.Tensor, Hessian, Factor]
+) -> None:
+    weight, hessian, factor = site
+    config = config_of(
+        "sparsity.scope=model", f"sparsity.cost={cost}", "sparsity.mask_block=5",
+        "sparsity.ratio=0.4", "sparsity.spread=0.3", "recipe.order=natural",
+    )  # fmt: skip
+    loss = torch.rand(ROWS) + 0.5
+    prices = price_pruning(weight, loss, hessian, factor, config)
+    damped = hessian.matrix + 0.1 * hessian.diagonal.mean() * torch.eye(COLUMNS)
+    inverse = torch.linalg.inv(damped.double()).diagonal()
+    score = weight.double().square() / inverse
+    felt = loss.double() if cost == "fisher" else torch.ones(ROWS, dtype=torch.float64)
+    if cost == "relative":
+        felt /= float((weight @ hessian.matrix * weight).sum())
+    kept = list(range(39, 116))  # 128 · (1 − 0.4 ± 0.3), whole
+    expected = []
+    for parts in kept:
+        lost = 0.0
+        for start in range(0, COLUMNS, 5):
+            block = [
+                (float(score[row, column]), float(felt[row]))
+                for row in range(ROWS)
+                for column in range(start, min(start + 5, COLUMNS))
+            ]
+            count = round((1 - parts / 128) * len(block))
+            lost += sum(error * weighed for error, weighed in sorted(block)[:count])
+        expected.append(lost)
+    assert possible_parts(0.4, 0.3) == kept
+    assert torch.allclose(prices, torch.tensor(expected, dtype=torch.float64), rtol=1e-4)
+    assert (prices.diff() <= 0).all()
+
+
+def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
+    tiny_model: Callable[..., Any], tiny_tokens: Callable[..., torch.Tensor]
+) -> None:
+    model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
+    config = config_of(
+        "sparsity.scope=model", "sparsity.cost=fisher", "sparsity.ratio=0.55",
+        "sparsity.spread=0.3", "wbits=unquantized", "n_groups.count=2", "n_groups.multiple=1",
+    )  # fmt: skip
+    plan = plan_compression(model, tokens, config)
+    weights = {name: linear.rows * linear.columns for name, linear in plan.linears.items()}
+    ratios = {name: linear.sparsity.ratio for name, linear in plan.linears.items()}
+    assert len(set(ratios.values())) > 1
+    assert all(0.25 <= ratio <= 0.85 for ratio in ratios.values())
+    over = sum(ratios[name] * weights[name] for name in weights) - 0.55 * sum(weights.values())
+    assert 0 <= over < min(weights.values()) / 128
+    reports = {}
+    for block in compress_model(model, tokens, plan, config):
+        reports |= {linear.report.name: linear.report for linear in block.linears}
+    for name, report in reports.items():
+        blocks = [
+            min(config.sparsity.mask_block, report.columns - start)
+            for start in range(0, report.columns, config.sparsity.mask_block)
+        ]
+        count = sum(round(ratios[name] * report.rows * width) for width in blocks)
+        assert round(report.sparsity * weights[name]) == count
+        assert int((model.get_parameter(f"{name}.weight") == 0).sum()) >= count
+    saved = Plan.read(*plan.stored())
+    assert saved.fingerprint() == plan.fingerprint()
+    other = dataclasses.replace(plan.linears[name], sparsity=Sparsity(0.5))
+    changed = dataclasses.replace(plan, linears=plan.linears | {name: other})
+    assert changed.fingerprint() != plan.fingerprint()
+    short = dataclasses.replace(plan, sparsity=Sparsity(0.56))
+    with pytest.raises(AuditError, match=r"a share of 0\.55\d* is pruned where 0\.56 were"):
+        check_sparsity(list(reports.values()), short)
+
+
+def test_an_even_share_is_the_plan_of_scope_linear(
+    tiny_model: Callable[..., Any], tiny_tokens: Callable[..., torch.Tensor]
+) -> None:
+    """Where no linear may differ from the average, allocation changes nothing."""
+    model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
+    even = plan_compression(
+        model, tokens, config_of("sparsity.scope=model", "sparsity.spread=0", "sparsity.ratio=0.5")
+    )
+    alike = config_of("sparsity.scope=linear", "sparsity.ratio=0.5")
+    assert even.fingerprint() == plan_compression(model, tokens, alike).fingerprint()
+
+
+def test_windows_are_fixed_and_so_not_allocated() -> None:
+    with pytest.raises(InputError, match=r"sparsity\.scope=model.*linear: 2:4 is fixed"):
+        config_of("sparsity=semistructured_2_4", "sparsity.scope=model")

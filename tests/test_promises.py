@@ -81,7 +81,8 @@ def test_odd_widths_and_all_ratios_go_through_the_pipeline(
     model = build_tiny_model("llama", intermediate_size=width)
     before = bits_of(model)
     settings = ["n_groups.count=1", "wbits.cost=relative", "wbits.group_size=32"]
-    overrides = [f"sparsity.ratio={ratio}", "recipe.on_singular=skip", *settings]
+    alike = ["sparsity.scope=linear", "wbits.scope=linear"]
+    overrides = [f"sparsity.ratio={ratio}", "recipe.on_singular=skip", *alike, *settings]
     linears = compress(model, tokens, overrides)
     assert {linear.linear.columns for linear in linears.values()} == {32, width}
     for name, linear in linears.items():

@@ -36,6 +36,8 @@ COMMAND = [
     "seqlen: 12, max_windows: 2, windows: joined, split: null, first_rows: null, seed: 0, "
     "add_bos: auto}",
     "n_groups.count=2", "n_groups.multiple=8", "tracking=disabled",
+    "sparsity.scope=linear", "wbits.cost=distortion",  # so that a draft a block is all of a plan
+    "reuse=false",  # so that every run computes all that it does
 ]  # fmt: skip
 INCIDENTAL = ("run.log", "run.lock", "timings.parquet", "result.json")
 """Files that differ between equal runs, because they hold times, or nothing."""

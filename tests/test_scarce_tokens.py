@@ -29,6 +29,7 @@ def config_of(*overrides: str) -> Config:
         "n_groups.count=2",
         "dataset.batch_size=2",
         "model.ignore=['*.mlp.gate']",
+        "sparsity.scope=linear",
         *overrides,
     ]
     with initialize_config_dir(conf_directory(), version_base="1.3"):

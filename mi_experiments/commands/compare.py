@@ -35,11 +35,12 @@ SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".tex": "la
             ".json": "json", ".txt": "table"}  # fmt: skip
 EXAMPLES = """\
 examples:
-  mi-compare sweeps/2026-01-31                          what varies, and the results
+  mi-compare sweeps/embedded-0123456789                  what varies, and the results
   mi-compare sweeps --where "wbits.average <= 4 and n_groups.grouping in ['random', 'energy']"
   mi-compare sweeps --over seed --sort excess           means with 95 % t intervals
   mi-compare sweeps --baseline grouping=random --over seed      paired differences of excess
   mi-compare sweeps --over seed --pivot grouping wbits excess --output excess.tex --digits 3
+  mi-compare sweeps --stability seed                    do the seeds group the channels alike?
   mi-compare sweeps --over seed --html sweeps.html      one page: plots, layers, sortable table
 
 columns: the settings by config key (wbits.average) or short name (wbits); dense and compressed
@@ -88,6 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--over", type=names, default=[], metavar="KEYS", help="average over these settings")
     add("--sort", type=names, default=[], metavar="KEYS", help="order of rows; -KEY: descending")
     add("--columns", type=names, default=[], metavar="NAMES", help="what to show, or: all")
+    add("--stability", type=names, metavar="KEYS", help="do runs that differ in these group alike?")
     add("--pivot", nargs=3, metavar=("ROWS", "COLUMNS", "VALUE"), help="a table of two settings")
     add("--format", choices=list(dict.fromkeys(SUFFIXES.values())), help="default: by --output")
     add("--output", type=Path, metavar="FILE", help="write there instead of the terminal")
@@ -101,6 +103,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(joined.split("\0") if joined else [])
     options.command = shlex.join([PROGRAM, *arguments])
     options.views = bool(options.html or options.plots or options.wandb)
+    if options.stability and (options.over or options.pivot or options.columns or options.views):
+        parser.error("--stability is a table of its own: leave out --over, --pivot and --columns")
     if options.pivot and options.views:
         parser.error("--pivot is for tables: leave out --html, --plots and --wandb")
     if options.by and not (options.html or options.plots):
@@ -126,7 +130,12 @@ def compare(options: argparse.Namespace) -> None:
         if options.output is None and options.format is None:
             print_notes(notes)
             return
-    if options.pivot:
+    if options.stability:
+        # Imported late: only this needs torch.
+        from mi_experiments.agreement import agreement_over
+
+        shown = agreement_over(runs, options.paths, options.stability)
+    elif options.pivot:
         shown = pivot(shown, *options.pivot)
     else:
         shown = shown[choose_columns(shown, options.columns, form)]

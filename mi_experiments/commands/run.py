@@ -1,11 +1,9 @@
 """mi-run: compose one run or a sweep with Hydra, do it, and print what came out."""
 
 import fcntl
-import hashlib
-import json
 import logging
 import os
-import secrets
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,15 +20,17 @@ from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from mi_experiments.atomic import write_atomically
+from mi_experiments.commands.sweep import run_sweep
+from mi_experiments.commands.sweep_launch import describe_failure
 from mi_experiments.commands.tables import print_dry_run, print_result
 from mi_experiments.composing import explain, from_hydra
 from mi_experiments.config import Config
 from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError
+from mi_experiments.naming import register_resolvers
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import (
     INCIDENTAL,
-    NUMERICS_VERSION,
     asked_config,
     scrub_argument,
     without_incidental,
@@ -40,11 +40,13 @@ from mi_experiments.resume import Commits, StopRequest, read_manifest, refuse_ch
 from mi_experiments.scrubbing import scrub
 from mi_experiments.shortage import map_large_pieces
 from mi_experiments.stored_model import tidy
+from mi_experiments.sweeps import JobEnd
 
-RUN_ID = secrets.token_hex(2)
 STOP = StopRequest()
 """Asked of the process, and so of every job of a sweep."""
 log = logging.getLogger("mi_experiments")
+# Here, because a launcher's workers import this module, and compose.
+register_resolvers()
 
 
 def conf_directory() -> str:
@@ -56,14 +58,14 @@ def conf_directory() -> str:
 
 def main() -> None:
     """Run the command line; expected failures are one line and an exit code."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    map_large_pieces()
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-    OmegaConf.register_new_resolver("run_id", lambda: RUN_ID, replace=True, use_cache=True)
-    OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
+    prepare_process()
     try:
-        with STOP.listen():
-            compose()
+        ended = run_sweep(sys.argv[1:], conf_directory(), do_job, STOP, open_console())
+        if ended is None:
+            with STOP.listen():
+                compose()
+        elif ended.error is not None:
+            fail(ended.error, ended.exit_code)
     except MiError as error:
         fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
@@ -72,6 +74,13 @@ def main() -> None:
         fail(f"{error.strerror}: {error.filename}", InputError.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
+
+
+def prepare_process() -> None:
+    """Set up a process that works on runs: this one, or a launcher's worker."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    map_large_pieces()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @hydra.main(version_base="1.3", config_path=conf_directory(), config_name="config")
@@ -95,15 +104,32 @@ def compose(composed: DictConfig) -> float | None:
             run_dir.rmdir()  # only if nothing was written
 
 
-def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float | None:
-    """Check the config, do the run or outline it, and print what came out."""
+def do_job(composed: DictConfig) -> JobEnd:
+    """Do one job of a sweep; what it fails of is recorded and returned, never raised."""
+    prepare_process()
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    try:
+        with STOP.listen(signal.SIGINT):
+            do_run(composed, run_dir, Path(hydra_config.sweep.dir), quiet=True)
+    except Exception as error:  # noqa: BLE001 - one failing job stops no other
+        return describe_failure(error)
+    finally:
+        with suppress(OSError):
+            run_dir.rmdir()  # only if nothing was written
+    return JobEnd()
+
+
+def do_run(
+    composed: DictConfig, run_dir: Path, sweep_dir: Path | None, quiet: bool = False
+) -> float | None:
+    """Check the config, do the run or outline it, and print what came out unless `quiet`."""
     if composed.get("resume"):
         run_dir = Path(composed.resume)
         composed = recall_composition(composed, run_dir, list(HydraConfig.get().overrides.task))
     config = from_hydra(composed)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
+    console = open_console()
+    console.quiet = quiet
     if config.dry_run:
         print_dry_run(dry_run(config), config, console)
         return None
@@ -127,6 +153,12 @@ def do_run(composed: DictConfig, run_dir: Path, sweep_dir: Path | None) -> float
         notes = [note for note in [tracker.fallback, *tracker.commands()] if note]
         print_result(result, run_dir, sweep_dir, notes, console)
     return next(iter(result.compressed.values())).perplexity
+
+
+def open_console() -> Console:
+    """Return standard output, wide enough for tables where it is no terminal."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
 
 
 def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]) -> DictConfig:
@@ -175,12 +207,20 @@ def log_file(run_dir: Path) -> Iterator[None]:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)
+    # A traceback is for the file; its line on the screen is printed where the command ends.
+    screen.addFilter(lambda record: record.exc_info is None)
     screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     log.setLevel(logging.INFO)
     log.addHandler(file)
     log.addHandler(screen)
     try:
         yield
+    except MiError as error:
+        log.info("%s", error)
+        raise
+    except Exception:
+        log.exception("the run ended with an error that nobody expected")
+        raise
     finally:
         log.removeHandler(file)
         log.removeHandler(screen)
@@ -215,16 +255,6 @@ def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
         elif finished is not None:
             refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
         yield finished
-
-
-def config_hash(*, _root_: DictConfig) -> str:
-    """Name what a run will compute: ten hexadecimal digits of everything that moves a number."""
-    keys = [key for key in map(str, _root_) if key not in ("hydra", *INCIDENTAL)]
-    composed = OmegaConf.to_container(OmegaConf.masked_copy(_root_, keys))
-    assert isinstance(composed, dict)
-    asked = without_incidental({str(key): part for key, part in composed.items()})
-    text = json.dumps([NUMERICS_VERSION, asked], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def fail(line: str, code: int) -> NoReturn:

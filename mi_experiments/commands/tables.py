@@ -66,6 +66,9 @@ def budget_table(result: Result) -> Table:
         table.add_row("requested bits", f"{result.bits.requested:g}")
         table.add_row("average bits", f"{result.bits.average:.4f}")
         table.add_row("effective bits", f"{result.bits.effective:.4f}  (with all that is stored)")
+    if net := result.safety_net:
+        others = ", ".join(f"{name} {entry.kl:.5f}" for name, entry in net.candidates.items())
+        table.add_row("safety net", f"kept {net.kept}  (KL to the dense model, nats: {others})")
     table.add_row("sparsity", f"{result.sparsity:.4f}")
     table.add_row("weights", f"{result.weights:,}  ({result.coverage:.1%} of the blocks')")
     if set(result.statuses) - {"compressed"}:
@@ -75,6 +78,9 @@ def budget_table(result: Result) -> Table:
         table.add_row("left out", f"{len(result.dropped)} calibration samples, not finite")
     if result.retries:
         table.add_row("memory short", f"{result.retries} times: done again in smaller pieces")
+    if result.reused:
+        parts = ", ".join(f"{phase} {len(names)}" for phase, names in result.reused.items())
+        table.add_row("reused", f"{parts}: read, computed by another job")
     table.add_row("peak memory", f"{max(result.memory.values()) / 1e9:.2f} GB")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     table.add_row("time", f"{sum(result.seconds.values()):.1f} s  ({phases})")

@@ -100,7 +100,7 @@ def measure_perplexity(
     sums = [0.0] * len(windows)
     with torch.no_grad():
         for wave in plan_waves(windows, batch_tokens, wave_tokens):
-            streams = _open_wave(
+            streams = open_wave(
                 model, path, modules, windows, wave, batch_tokens, weights, allocate
             )
             if wave[0][0] == 0:
@@ -121,7 +121,7 @@ def measure_perplexity(
     for i, total in enumerate(sums):
         if not math.isfinite(total):
             raise NumericalError(
-                f"{_describe(windows, i)}: its negative log-likelihood is {total}; the model's "
+                f"{describe(windows, i)}: its negative log-likelihood is {total}; the model's "
                 "logits are not finite there"
             )
     return summarize(sums, [len(window) - 1 for window in windows])
@@ -162,7 +162,7 @@ def plan_waves(
     return waves
 
 
-def _open_wave(
+def open_wave(
     model: PreTrainedModel,
     path: str,
     modules: nn.ModuleList,
@@ -182,7 +182,7 @@ def _open_wave(
                 torch.stack([windows[i] for i in group]),
                 max(1, batch_tokens // len(windows[group[0]])),
                 allocate,
-                [_describe(windows, i) for i in group],
+                [describe(windows, i) for i in group],
             )
             for group in wave
         ]
@@ -191,25 +191,31 @@ def _open_wave(
 def summarize(sums: Sequence[float], counts: Sequence[int]) -> Perplexity:
     """Turn the summed nats and the predicted tokens of each window into a perplexity.
 
-    The standard error is that of a ratio of sums over windows, so that long windows weigh as much
-    as they do in the mean (Cochran, Sampling Techniques, 1977, section 6.4); for windows of equal
-    length it is that of the mean of their means.
-
     Raises:
         NumericalError: the perplexity is beyond float64.
     """
-    tokens, windows = sum(counts), len(sums)
-    nll = math.fsum(sums) / tokens
+    nll, standard_error = average(sums, counts)
     try:
         perplexity = math.exp(nll)
     except OverflowError:
         raise NumericalError(f"the perplexity overflows: {nll:.1f} nats per token") from None
-    standard_error = None
-    if windows > 1:
-        residuals = (total - nll * count for total, count in zip(sums, counts, strict=True))
-        variance = math.fsum(residual**2 for residual in residuals) * windows / (windows - 1)
-        standard_error = math.sqrt(variance) / tokens
-    return Perplexity(nll, perplexity, tokens, windows, standard_error)
+    return Perplexity(nll, perplexity, sum(counts), len(sums), standard_error)
+
+
+def average(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Return the mean over all tokens of all windows, and its standard error.
+
+    The standard error is that of a ratio of sums over windows, so that long windows weigh as much
+    as they do in the mean (Cochran, Sampling Techniques, 1977, section 6.4); for windows of equal
+    length it is that of the mean of their means. None for one window.
+    """
+    tokens, windows = sum(counts), len(sums)
+    mean = math.fsum(sums) / tokens
+    if windows == 1:
+        return mean, None
+    residuals = (total - mean * count for total, count in zip(sums, counts, strict=True))
+    variance = math.fsum(residual**2 for residual in residuals) * windows / (windows - 1)
+    return mean, math.sqrt(variance) / tokens
 
 
 def measure_token_nll(
@@ -307,6 +313,6 @@ def check_tail(
         )
 
 
-def _describe(windows: Sequence[Int64[Tensor, "_"]], i: int) -> str:
+def describe(windows: Sequence[Int64[Tensor, "_"]], i: int) -> str:
     """Name a window."""
     return f"window {i} of {len(windows)} ({len(windows[i])} tokens)"

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from mi_experiments.method.pruning import PARTS
+
 Costs = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
@@ -90,6 +92,32 @@ def allocate_bits(
             _fill(cost, spent, capacity, _largest_uniform(spent, capacity)),
         )
     return torch.tensor(widths, dtype=torch.int64)[torch.from_numpy(choice)].to(costs.device)
+
+
+def allocate_kept(
+    costs: Float64[Tensor, "linears choices"],
+    weights: Int64[Tensor, "linears"],
+    kept: Sequence[int],
+    ratio: float,
+) -> Int64[Tensor, "linears"]:
+    """Choose how many 128ths of its weights every linear keeps, at the smallest total cost.
+
+    It is the problem of `allocate_bits` with the 128ths in place of the bits, solved by it: at most
+    128 · (1 − ratio) of them are kept on average, and no linear could keep one more.
+
+    Args:
+        costs: what is lost by each linear for each choice, in any additive unit.
+        weights: number of weights of each linear.
+        kept: the choices, ascending, from 1.
+        ratio: of all weights, how many are pruned at least.
+
+    Returns:
+        128ths that each linear keeps.
+
+    Raises:
+        ValueError: see `allocate_bits`.
+    """
+    return allocate_bits(costs, weights, kept, float(PARTS * (1 - _as_fraction(ratio))))
 
 
 def average_bits(widths: Int64[Tensor, "groups"], sizes: Int64[Tensor, "groups"]) -> Fraction:

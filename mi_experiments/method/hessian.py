@@ -7,7 +7,6 @@ recursions of GPTQ (arXiv:2210.17323) and SparseGPT (arXiv:2301.00774) read from
 inverse, without inverting anything.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -18,11 +17,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError, SingularError
+from mi_experiments.method.damping import damp, ladder
 from mi_experiments.method.gram import add_gram_, mirror_
 from mi_experiments.shortage import in_pieces
 
-LARGEST_DAMPING = 1.0
-SMALLEST_ESCALATION = 1e-4
 _SOLVE_PANEL = 512
 _PHASE_STEP = 2654435769  # 2³² divided by the golden ratio, made odd
 _PHASES = 2**32
@@ -198,16 +196,18 @@ class Factor:
 
     Attributes:
         upper: R, upper triangular with positive diagonal, such that
-            R·Rᵀ = H[order][:, order] + damping·mean(diag H)·I.
+            R·Rᵀ = H[order][:, order] with its diagonal damped.
         order: the channel at each position of the sweep.
         damping: the fraction of the mean diagonal that was finally added.
         attempts: every damping that was tried; the last is `damping`.
+        power: of a channel's energy in what was added to it.
     """
 
     upper: Float[Tensor, "columns columns"]
     order: Int64[Tensor, "columns"]
     damping: float
     attempts: tuple[float, ...]
+    power: float = 0.0
 
     def diagonal(self) -> Float[Tensor, "columns"]:
         """Return diag H′, the damped diagonal, by channel."""
@@ -246,10 +246,11 @@ def factorize(
     hessian: Hessian | Float[Tensor, "columns columns"],
     *,
     damping: float = 0.01,
+    power: float = 0.0,
     order: Int64[Tensor, "columns"] | None = None,
     escalate: bool = True,
 ) -> Factor:
-    """Factorise H′ = H[order][:, order] + damping·mean(diag H)·I into R·Rᵀ.
+    """Factorise H′ = H[order][:, order], its diagonal damped, into R·Rᵀ.
 
     A matrix that is not positive definite to working precision is tried again with ten times the
     damping, up to 1. Every attempt is recorded. There is no other fallback.
@@ -258,6 +259,7 @@ def factorize(
         hessian: of a site, or any symmetric matrix such as its covariance.
         damping: fraction of the mean diagonal added to the diagonal; with 0 the next attempt
             is 1e-4.
+        power: of a channel's energy in what is added to it, see `damping`.
         order: the channel at each position of the sweep; natural by default.
         escalate: whether more damping than asked for may be tried.
 
@@ -284,13 +286,13 @@ def factorize(
     backwards = order.flip(0)
     damped = matrix[backwards][:, backwards]
     attempts = []
-    for attempt in _ladder(damping) if escalate else [damping]:
+    for attempt in ladder(damping) if escalate else [damping]:
         attempts.append(attempt)
-        damped.diagonal().copy_(diagonal[backwards] + attempt * mean)
+        damped.diagonal().copy_(damp(diagonal, attempt, power)[backwards])
         lower, info = torch.linalg.cholesky_ex(damped)
         if info.item() == 0 and _is_sound(lower, damped.diagonal()):
             del damped
-            return Factor(lower.flip(0, 1), order, attempt, tuple(attempts))
+            return Factor(lower.flip(0, 1), order, attempt, tuple(attempts), power)
     raise SingularError(
         f"the Hessian is not positive definite at damping {', '.join(map(str, attempts))}: "
         f"smallest diagonal {diagonal.min().item():.3g}, mean {mean:.3g}; "
@@ -322,16 +324,6 @@ def sweep_order(
     energy = diagonal.reshape(-1, window).mean(1)
     windows = energy.argsort(descending=True, stable=True)
     return channels.reshape(-1, window)[windows].reshape(-1)
-
-
-def _ladder(damping: float) -> list[float]:
-    if not 0 <= damping < math.inf:
-        raise ValueError(f"damping is {damping}, must be finite and not negative")
-    rungs = [damping]
-    while rungs[-1] < LARGEST_DAMPING:
-        following = rungs[-1] * 10 if rungs[-1] > 0 else SMALLEST_ESCALATION
-        rungs.append(min(float(f"{following:.12g}"), LARGEST_DAMPING))
-    return rungs
 
 
 def _is_sound(lower: Float[Tensor, "columns columns"], diagonal: Float[Tensor, "columns"]) -> bool:

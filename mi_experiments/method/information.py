@@ -62,6 +62,8 @@ class InformationSummary:
         mean_redundancy: mean over channels of what all the others know about one.
         estimator: name of the estimator of the pairwise and noise values.
         damping: of the Hessian whose factor gave the two above; None in records without it.
+        stability: adjusted Rand index between the groups of two halves of the tokens; None where
+            groups do not come from tokens, and in records without it.
     """
 
     mean_pairwise: float
@@ -72,6 +74,7 @@ class InformationSummary:
     mean_redundancy: float
     estimator: str
     damping: float | None = None
+    stability: float | None = None
 
 
 def gaussian_information(

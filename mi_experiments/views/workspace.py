@@ -17,7 +17,6 @@ from mi_experiments.errors import InputError
 from mi_experiments.tracking import (
     CALL_SECONDS,
     METRICS,
-    UPLOAD_SECONDS,
     attempt,
     has_key,
     sweep_name,
@@ -28,6 +27,9 @@ AXES = ("nsamples", "wbits", "n_groups", "sparsity", "seed")
 """Settings that `tracking` sends by their short names; each is an upright of the parallel plot."""
 
 DEFINITION = "wandb_workspace.json"
+
+SAVE_SECONDS = 60.0
+"""Longest wait for the server to take the view."""
 
 
 def publish_workspace(comparison: Comparison, beside: Path) -> str:
@@ -41,7 +43,7 @@ def publish_workspace(comparison: Comparison, beside: Path) -> str:
     workspace = build_workspace(comparison)
     found, failure = attempt(has_key, CALL_SECONDS)
     if found:
-        address, failure = attempt(lambda: save(workspace), UPLOAD_SECONDS)
+        address, failure = attempt(lambda: save(workspace), SAVE_SECONDS)
         if failure is None:
             return str(address)
     path = beside / DEFINITION

@@ -227,7 +227,9 @@ def test_compressed_models_are_audited_and_survive_the_disk(
 ) -> None:
     model, tokens = tiny_model(name), tiny_tokens(8, 16)
     embeddings = model.get_input_embeddings().weight.clone()
-    linears = compress(model, tokens, "wbits=uniform", "n_groups=contiguous")
+    linears = compress(
+        model, tokens, "wbits=uniform", "n_groups=contiguous", "sparsity.scope=linear"
+    )
     for linear in linears:
         report = linear.report
         assert (report.status, report.average_bits, report.sparsity) == ("compressed", 4.0, 0.5)

@@ -1,0 +1,261 @@
+"""mi-reproduce: run the rows of a published or pinned table, and judge them."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+
+from mi_experiments.atomic import write_atomically
+from mi_experiments.commands.run import (
+    STOP,
+    claim,
+    conf_directory,
+    log_file,
+    prepare_process,
+    save_composition,
+)
+from mi_experiments.composing import explain, from_hydra
+from mi_experiments.config import Config
+from mi_experiments.dry_run import dry_run
+from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
+from mi_experiments.judging import FAIL, PLACES, Judgement, judge, setting_changes
+from mi_experiments.memory_plan import MemoryPlan, show
+from mi_experiments.pinning import pin
+from mi_experiments.progress import Progress
+from mi_experiments.provenance import asked_config, without_incidental
+from mi_experiments.record import Evaluation, Result, read_result
+
+PROGRAM = "mi-reproduce"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; expected failures are one line and an exit code."""
+    prepare_process()
+    try:
+        with STOP.listen():
+            reproduce(parse(list(sys.argv[1:] if arguments is None else arguments)))
+    except MiError as error:
+        fail(str(error), error.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error), InputError.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(line: str, code: int) -> None:
+    """Print one line to standard error and leave."""
+    print(f"{PROGRAM}: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(PROGRAM, description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("table", nargs="?", help="papers/sparsegpt, papers/sparsegpt/opt_125m_50, pinned, …")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="changes of every row, as for mi-run")
+    add("--only", metavar="ROW", help="this row of the table alone")
+    add("--plan", action="store_true", help="show jobs, downloads and memory; run nothing")
+    add("--against", type=Path, metavar="RUN_DIR", help="judge a finished run; run nothing")
+    add("--judge", action="store_true", help="judge what is in outputs/; run nothing")
+    add("--markdown", type=Path, metavar="FILE", help="write the verdicts as Markdown")
+    add("--json", type=Path, metavar="FILE", help="write the verdicts as JSON")
+    add("--pin", nargs=2, metavar=("RUN_DIR", "NAME"), help="write experiment/pinned/NAME.yaml")
+    options = parser.parse_args(arguments)
+    if not options.pin and not options.table:
+        parser.error("name a table, or --pin RUN_DIR NAME")
+    return options
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """Pin a run, show the plan, or run and judge the rows."""
+    if options.pin:
+        path = pin(Path(options.pin[0]), options.pin[1], Path(conf_directory()))
+        print(path)
+        return
+    rows = find_rows(options.table, options.only)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    if options.plan:
+        console.print(plan_table(rows, options.overrides))
+        return
+    signatures = OmegaConf.to_container(OmegaConf.load(Path(conf_directory()) / "signatures.yaml"))
+    assert isinstance(signatures, list)
+    judgements: list[Judgement] = []
+    wrong: dict[str, str] = {}
+    for row in rows:
+        judgements += judge_row(row, options, signatures, wrong)
+    console.print(verdict_table(judgements))
+    if options.markdown:
+        write_atomically(options.markdown, markdown(judgements).encode())
+    if options.json:
+        content = [dataclasses.asdict(judgement) for judgement in judgements]
+        write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
+    failed = sum(judgement.verdict == FAIL for judgement in judgements)
+    for judgement in judgements:
+        if judgement.verdict == FAIL:
+            print(f"{judgement.row} {judgement.phase} {judgement.text}: {judgement.why}")
+    if failed:
+        raise VerdictError(f"{failed} of {len(judgements)} numbers are not as expected")
+
+
+def find_rows(table: str, only: str | None) -> list[str]:
+    """Name the rows of a table: every config of the folder but `base`, or the one that is named."""
+    root = Path(conf_directory()) / "experiment"
+    files = [root / f"{table}.yaml"] if (root / f"{table}.yaml").is_file() else []
+    files = files or sorted((root / table).rglob("*.yaml"))
+    names = [str(f.relative_to(root).with_suffix("")) for f in files if f.stem != "base"]
+    chosen = [name for name in names if only is None or name.split("/")[-1] == only]
+    if not chosen:
+        tables = sorted({str(f.parent.relative_to(root)) for f in root.rglob("*.yaml")})
+        raise InputError(f"no row {only or ''} in {table}: there are {', '.join(tables)}")
+    return chosen
+
+
+def compose_row(row: str, overrides: Sequence[str]) -> DictConfig:
+    """Compose a row, with Hydra's own settings."""
+    with initialize_config_dir(conf_directory(), version_base="1.3"):
+        return compose(
+            "config", overrides=[f"experiment={row}", *overrides], return_hydra_config=True
+        )
+
+
+def judge_row(
+    row: str, options: argparse.Namespace, signatures: list[Any], wrong: dict[str, str]
+) -> list[Judgement]:
+    """Run a row, unless it was run or only its verdict is asked, and judge it."""
+    asked = from_hydra(compose_row(row, []))
+    if asked.expected is None:
+        raise InputError(f"{row} expects nothing: give a row of papers or pinned")
+    composed = compose_row(row, options.overrides)
+    config = from_hydra(composed)
+    changes = all_changes(asked, asked_config(config))
+    result: Result | None = None
+    note = ""
+    run_dir = options.against or Path(composed.hydra.run.dir)
+    if options.against or options.judge:
+        if options.against or (run_dir / "result.json").is_file():
+            result = read_result(run_dir)
+            changes = all_changes(asked, without_incidental(result.config))
+    else:
+        key = json.dumps([asked_config(config)[part] for part in ("model", "evaluation")])
+        if key in wrong:
+            note = f"the dense model is wrong already in {wrong[key]}"
+        else:
+            result, note = run_row(row, composed, run_dir, changes, signatures)
+            if note.startswith("dense: "):
+                wrong[key] = row
+    return judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
+
+
+def all_changes(asked: Config, ran: Mapping[str, Any]) -> list[str]:
+    """Say in what a run is not the row's; a model from elsewhere needs a number or hash to know."""
+    changes = setting_changes(asked_config(asked), ran)
+    moved = ran["model"]["path"] != asked.model.path
+    assert asked.expected is not None
+    if moved and not asked.expected.dense.values and not asked.expected.fingerprint:
+        changes.append(f"{PLACES[0]}: nothing shows that it is {asked.model.path}")
+    return changes
+
+
+def run_row(
+    row: str, composed: DictConfig, run_dir: Path, changes: list[str], signatures: list[Any]
+) -> tuple[Result | None, str]:
+    """Run a row, or continue or recall it; a wrong dense model ends it before it is compressed."""
+    from mi_experiments.experiment import run_experiment
+    from mi_experiments.tracking import Tracker
+
+    config = from_hydra(composed)
+    HydraConfig.instance().set_config(composed)
+    STOP.check()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    note = ""
+
+    def on_dense(dense: Mapping[str, Evaluation]) -> None:
+        assert config.expected is not None
+        same = not any(line.startswith(("model.", "evaluation.")) for line in changes)
+        partial = dataclasses.replace(read_result(run_dir), dense=dict(dense))
+        judged = judge(row, config.model.name, config.expected, partial, [], signatures)
+        bad = [j for j in judged if j.phase == "dense" and j.verdict == FAIL]
+        if same and bad:
+            raise VerdictError(f"dense: {bad[0].text} {bad[0].ours:.4f}: {bad[0].why}")
+
+    with claim(run_dir, config) as finished, log_file(run_dir):
+        if finished is not None:
+            return finished, ""
+        save_composition(composed, run_dir)
+        try:
+            with Tracker.open(config, run_dir, sweep_dir=None, job=run_dir.name) as tracker:
+                return run_experiment(config, run_dir, tracker, Progress(), STOP, on_dense), ""
+        except ResumableError:
+            raise
+        except MiError as error:
+            note = str(error)
+    return read_result(run_dir), note
+
+
+def plan_table(rows: Sequence[str], overrides: Sequence[str]) -> Table:
+    """Return jobs, downloads and memory, from what is on this machine; nothing is downloaded."""
+    table = Table(title="what a reproduction would do", title_justify="left")
+    for heading in ("row", "model", "texts", "memory", "weights"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        config = from_hydra(compose_row(row, [*overrides, "model.offline=true"]))
+        names = {config.dataset.corpus, *(t.corpus for t in config.evaluation.datasets.values())}
+        texts = [f"{config.corpora[n].hub_id}@{config.corpora[n].revision[:12]}"
+                 for n in sorted(names & set(config.corpora))]  # fmt: skip
+        try:
+            outline = dry_run(config)
+            plan = outline.memory["80 GiB accelerator"]
+            fits = show(plan.accelerator or 0) if isinstance(plan, MemoryPlan) else plan
+            known = fits, f"{outline.weights:,}"
+        except InputError as error:
+            known = f"unknown: needs config.json ({error})", "unknown"
+        model = f"{config.model.path}@{(config.model.revision or '-')[:12]}"
+        table.add_row(row, model, "\n".join(texts), *known)
+    return table
+
+
+HEADINGS = ("row", "model", "text", "expected", "ours", "difference", "tolerance", "verdict")
+
+
+def cells(judgement: Judgement) -> tuple[str, ...]:
+    """Return one verdict as the cells of a table."""
+    value, ours = judgement.expected, judgement.ours
+    return (
+        judgement.row,
+        judgement.phase,
+        judgement.text,
+        "none" if value is None else f"{value:g}",
+        "" if ours is None else f"{ours:.4f}",
+        "" if value is None or ours is None else f"{ours - value:+.4f}",
+        "" if judgement.tolerance is None else f"{judgement.tolerance:.3g}",
+        judgement.verdict,
+    )
+
+
+def verdict_table(judgements: Sequence[Judgement]) -> Table:
+    """Return the verdicts for the terminal."""
+    table = Table(title="reproduction", title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for judgement in judgements:
+        table.add_row(*cells(judgement))
+    return table
+
+
+def markdown(judgements: Sequence[Judgement]) -> str:
+    """Return the verdicts as a Markdown table, with source and reason."""
+    rows = [[*HEADINGS, "why", "source"], ["---"] * (len(HEADINGS) + 2)]
+    rows += [[*cells(judgement), judgement.why, judgement.source] for judgement in judgements]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

@@ -1,0 +1,155 @@
+"""Hold a finished run to what was expected of it, and say why where it fails."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mi_experiments.expected_config import Comparison, Evidence, ExpectedConfig, NumbersConfig
+from mi_experiments.record import Evaluation, Result
+from mi_experiments.resume import differences
+
+PASS, FAIL, NOT_RUN, NONE = "PASS", "FAIL", "NOT RUN", "NO VERDICT"
+PLACES = ("model.path", "model.offline", "model.device", "dataset.path", "dataset.offline")
+"""Where the same thing is read or run; what it is, numbers and hashes tell."""
+
+EXACT = ("model_files", "calibration", "evaluation", "numerics_version")
+"""Fingerprints of a pinned run that must be equal anywhere."""
+
+SIGNATURE = 0.003
+"""Share within which a value is taken for a known wrong one."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One number against what was expected.
+
+    Attributes:
+        row: of the table.
+        phase: dense or compressed.
+        text: of the evaluation.
+        expected: perplexity; None where no source has one.
+        ours: perplexity; None where it was not measured.
+        tolerance: in perplexity.
+        verdict: PASS, FAIL, NOT RUN, or NO VERDICT where there is nothing to hold it to.
+        why: diagnosis or reason.
+        source: of the expected value.
+    """
+
+    row: str
+    phase: str
+    text: str
+    expected: float | None
+    ours: float | None
+    tolerance: float | None
+    verdict: str
+    why: str
+    source: str
+
+
+def judge(
+    row: str,
+    model: str,
+    expected: ExpectedConfig,
+    result: Result | None,
+    changes: Sequence[str],
+    signatures: Sequence[Mapping[str, Any]],
+    unmeasured: str = "",
+) -> list[Judgement]:
+    """Judge every text that is expected or was measured, dense first."""
+    prints = fingerprint_changes(expected.fingerprint, result)
+    exact = [line for line in prints if line.split(":")[0].split(".")[0] in EXACT]
+    judgements = []
+    for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed)):
+        found: Mapping[str, Evaluation] = getattr(result, phase) if result else {}
+        for text in [*numbers.values, *(t for t in found if t not in numbers.values)] or ["-"]:
+            ours = found[text].perplexity if text in found else None
+            value = numbers.values.get(text)
+            verdict, why = decide(numbers, value, ours, [*changes, *exact])
+            if verdict == NOT_RUN:
+                why = unmeasured or (result.error or "" if result else "")
+            if verdict == FAIL:
+                known = recognise(signatures, model, phase, text, ours)
+                why = "; ".join([why, *known, *(line for line in prints if line not in exact)])
+            source = ", ".join(part for part in (expected.source, numbers.where) if part)
+            tolerance = None if value is None else value * numbers.tolerance
+            judgements.append(
+                Judgement(row, phase, text, value, ours, tolerance, verdict, why, source)
+            )
+    return judgements
+
+
+def decide(
+    numbers: NumbersConfig, value: float | None, ours: float | None, changes: Sequence[str]
+) -> tuple[str, str]:
+    """Return the verdict on one number, and why."""
+    if ours is None:
+        return NOT_RUN, ""
+    if value is None:
+        return NONE, "no source has a value"
+    if numbers.evidence in (Evidence.second_hand, Evidence.recalled):
+        return NONE, f"the value is {numbers.evidence.name.replace('_', '-')}"
+    if changes:
+        return FAIL, "not the same: " + "; ".join(changes)
+    if numbers.comparison is Comparison.at_most:
+        return (PASS, "") if ours <= value else (FAIL, "the bar is not reached")
+    if math.isfinite(ours) and abs(ours - value) <= numbers.tolerance * value:
+        return PASS, ""
+    return FAIL, f"off by {(ours / value - 1):+.2%}, and {numbers.tolerance:.2%} are allowed"
+
+
+def recognise(
+    signatures: Sequence[Mapping[str, Any]], model: str, phase: str, text: str, ours: float | None
+) -> list[str]:
+    """Name the known wrong numbers that a value is near."""
+    return [
+        f"{entry['value']} is known from: {entry['cause']} ({entry['source']})"
+        for entry in signatures
+        if (entry["model"], entry["phase"], entry["text"]) == (model, phase, text)
+        and ours is not None
+        and abs(ours / entry["value"] - 1) <= SIGNATURE
+    ]
+
+
+def fingerprint(result: Result) -> dict[str, str]:
+    """Return the content hashes and versions of a run."""
+    provenance = result.provenance
+    if provenance is None:
+        return {}
+    return {
+        **{f"model_files.{name}": value for name, value in provenance.model_files.items()},
+        "model_revision": str(provenance.model_revision),
+        "calibration": str(provenance.calibration_sha256),
+        **{f"evaluation.{name}": text.tokens_sha256 for name, text in result.dense.items()},
+        "compressed": str(result.compressed_sha256),
+        "numerics_version": str(provenance.numerics_version),
+        **{f"versions.{name}": value for name, value in provenance.versions.items()},
+        "device": provenance.device,
+        "threads": str(provenance.threads),
+        "platform": provenance.platform,
+    }
+
+
+def fingerprint_changes(pinned: Mapping[str, str], result: Result | None) -> list[str]:
+    """Say in what a run differs from the one that was pinned."""
+    if not pinned or result is None:
+        return []
+    now = fingerprint(result)
+    return [
+        line
+        for key in sorted(pinned)
+        for line in differences({key: pinned[key]}, {key: now.get(key)})
+    ]
+
+
+def setting_changes(asked: Mapping[str, Any], ran: Mapping[str, Any]) -> list[str]:
+    """Say in what the settings of a run differ from those of a row, but for mere places."""
+    lines = list(differences(dict(asked), dict(ran)))
+    moved = any(line.startswith("model.path:") for line in lines)
+    return [
+        line
+        for line in lines
+        if line.split(":")[0] not in PLACES
+        and not (line.startswith(("corpora.", "evaluation.datasets.")) and ".path:" in line)
+        and not (moved and line.startswith("model.revision:") and line.endswith("None"))
+    ]

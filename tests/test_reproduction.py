@@ -1,0 +1,157 @@
+"""Rows of papers compose; a pinned run passes, and whatever is changed fails by its name."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mi_experiments.commands.reproduce import compose_row, find_rows, main
+from mi_experiments.commands.run import conf_directory
+from mi_experiments.composing import from_hydra
+from mi_experiments.expected_config import Comparison, Evidence, NumbersConfig
+from mi_experiments.judging import FAIL, NONE, NOT_RUN, PASS, decide, recognise, setting_changes
+from mi_experiments.provenance import asked_config
+from mi_experiments.record import read_result, write_result
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+TABLES = re.findall(r"^\| `(papers/\w+|pinned)` \| (\d+) \| (.*?) \|", README, re.MULTILINE)
+
+
+def numbers(**changes: object) -> NumbersConfig:
+    given = {"where": "", "evidence": Evidence.read, "comparison": Comparison.within,
+             "tolerance": 0.01, "because": "a test", "values": {"t": 10.0}}  # fmt: skip
+    return NumbersConfig(**{**given, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("table", "count", "_"), TABLES)
+def test_every_row_composes_and_says_what_it_expects(table: str, count: str, _: str) -> None:
+    rows = find_rows(table, None)
+    assert len(rows) == int(count)
+    for row in rows:
+        expected = from_hydra(compose_row(row, [])).expected
+        assert expected is not None
+        assert expected.source
+
+
+def test_the_readme_names_every_table() -> None:
+    root = Path(conf_directory()) / "experiment"
+    folders = {str(file.parent.relative_to(root)) for file in root.glob("*/**/*.yaml")}
+    assert {table for table, _, _ in TABLES} == folders
+
+
+def test_what_is_expected_is_no_part_of_what_is_asked() -> None:
+    row = from_hydra(compose_row("papers/sparsegpt/opt_2_7b_50", []))
+    same = from_hydra(compose_row("papers/sparsegpt/opt_2_7b_50_nsamples_128", []))
+    assert row.expected != same.expected
+    assert asked_config(row) == asked_config(same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "value", "ours", "settings", "verdict"),
+    [
+        ({}, 10.0, 10.1, [], PASS),
+        ({}, 10.0, 10.11, [], FAIL),
+        ({}, 10.0, 9.89, [], FAIL),
+        ({}, 10.0, 10.0, ["seed: 0 → 1"], FAIL),
+        ({}, 10.0, float("nan"), [], FAIL),
+        ({}, 10.0, None, [], NOT_RUN),
+        ({}, None, 10.0, [], NONE),
+        ({"evidence": Evidence.second_hand}, 10.0, 10.0, [], NONE),
+        ({"evidence": Evidence.recalled}, 10.0, 99.0, [], NONE),
+        ({"comparison": Comparison.at_most}, 10.0, 5.0, [], PASS),
+        ({"comparison": Comparison.at_most}, 10.0, 10.01, [], FAIL),
+    ],
+)
+def test_the_verdict(
+    changes: dict[str, object],
+    value: float | None,
+    ours: float | None,
+    settings: list[str],
+    verdict: str,
+) -> None:
+    assert decide(numbers(**changes), value, ours, settings)[0] == verdict
+
+
+def test_another_place_is_no_change_and_another_revision_is() -> None:
+    row = "papers/sparsegpt/opt_125m_50"
+    asked = asked_config(from_hydra(compose_row(row, [])))
+    moved = compose_row(row, ["model.path=copy", "model.revision=null", "corpora.c4.path=there"])
+    assert setting_changes(asked, asked_config(from_hydra(moved))) == []
+    for change in ("model.revision=other", "dataset.nsamples=8", "evaluation=gptq_old", "seed=1"):
+        changed = asked_config(from_hydra(compose_row(row, [change])))
+        lines = setting_changes(asked, changed)
+        assert lines, change
+
+
+def test_a_known_wrong_number_is_recognised() -> None:
+    known = [{"model": "m", "phase": "dense", "text": "t", "value": 7.72, "cause": "why",
+              "source": "who"}]  # fmt: skip
+    assert "why" in recognise(known, "m", "dense", "t", 7.721)[0]
+    assert recognise(known, "m", "dense", "t", 5.12) == []
+    assert recognise(known, "n", "dense", "t", 7.72) == []
+
+
+def test_the_embedded_run_is_what_was_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["pinned/embedded", "tracking=disabled", "--json", "first.json"])
+    verdicts = json.loads(Path("first.json").read_text())
+    assert [verdict["verdict"] for verdict in verdicts] == [PASS, PASS]
+    (run_dir,) = Path("outputs").iterdir()
+    assert f"reaches {verdicts[0]['ours']:.2f}" in README
+
+    # One bit of the weights, the calibration, the numerics: each fails by its name.
+    result = read_result(run_dir)
+    provenance = result.provenance
+    assert provenance is not None
+    damaged = provenance.model_files | {"model.safetensors": "0" * 64}
+    for change, name in (
+        ({"model_files": damaged}, "model_files.model.safetensors"),
+        ({"calibration_sha256": "0" * 64}, "calibration"),
+        ({"numerics_version": 0}, "numerics_version"),
+    ):
+        other = Path(name)
+        other.mkdir()
+        changed = dataclasses.replace(provenance, **change)
+        write_result(dataclasses.replace(result, provenance=changed), other)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(["pinned/embedded", "--against", str(other)])
+        assert left.value.code == 5
+        assert f"not the same: {name}:" in capsys.readouterr().out
+
+    for key, value in (("seed", 1), ("evaluation", None)):
+        config = json.loads(json.dumps(result.config))
+        if key == "seed":
+            config["seed"] = value
+        else:
+            config["evaluation"]["protocol"] = "other"
+        other = Path(f"changed-{key}")
+        other.mkdir()
+        write_result(dataclasses.replace(result, config=config), other)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(["pinned/embedded", "--against", str(other)])
+        assert left.value.code == 5
+        assert f"not the same: {key}" in capsys.readouterr().out
+
+
+def test_a_wrong_dense_model_is_not_compressed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = "expected.dense.values.embedded=4.0"
+    main(["pinned/embedded", "tracking=disabled", wrong, "--json", "v.json"])
+    (run_dir,) = Path("outputs").iterdir()
+    result = read_result(run_dir)
+    assert result.status == "failed"
+    assert set(result.dense) == {"embedded"}
+    assert result.compressed == {}
+    assert result.bits is None
+    assert "compress" not in result.seconds
+    compressed = json.loads(Path("v.json").read_text())[1]
+    assert compressed["verdict"] == NOT_RUN
+    assert compressed["why"].startswith("dense: embedded 5.07")
