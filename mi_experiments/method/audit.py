@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mi_experiments.errors import AuditError
 from mi_experiments.method.grid import UNQUANTIZED, Grid, store_scale
-from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept
 
 CHUNK = 2**22
@@ -45,6 +45,7 @@ def audit_linear(
     mask_block: int,
     max_average_bits: float | None,
     stored: Float[Tensor, "rows columns"] | None,
+    selection: Selection = Selection.exact,
 ) -> AuditReport:
     """Check finiteness, sparsity, grid membership, the budget and what will be stored.
 
@@ -58,6 +59,7 @@ def audit_linear(
         max_average_bits: Average width that must not be exceeded; None if the budget spans more
             than this linear.
         stored: The weights in the dtype of the model; None to skip.
+        selection: How an unstructured pattern counts what it prunes.
 
     Raises:
         AuditError: A promise is broken.
@@ -70,7 +72,7 @@ def audit_linear(
     if sparsity.is_structured:
         _audit_windows(pruned, sparsity)
     else:
-        _audit_mask_blocks(pruned, sparsity, order, mask_block)
+        _audit_mask_blocks(pruned, sparsity, order, mask_block, selection)
     levels_max = 0 if grid is None else _audit_grid(swept, grid)
     if stored is not None and not torch.equal(stored, weight.to(stored.dtype)):
         bad = int((stored != weight.to(stored.dtype)).count_nonzero())
@@ -105,6 +107,7 @@ def _audit_mask_blocks(
     sparsity: Sparsity,
     order: Int64[Tensor, "columns"],
     mask_block: int,
+    selection: Selection,
 ) -> None:
     """Count the pruned weights of every mask block."""
     rows, columns = pruned.shape
@@ -112,8 +115,9 @@ def _audit_mask_blocks(
         raise AuditError(f"the sweep order is no permutation of {columns} channels")
     counts = torch.split(pruned.count_nonzero(0)[order].cpu(), mask_block)
     for block, count in enumerate(counts):
-        found, expected = int(count.sum()), round(sparsity.ratio * (rows * len(count)))
-        if found != expected:
+        found, weights = int(count.sum()), rows * len(count)
+        expected = round(sparsity.ratio * weights)
+        if not selection.may_prune(found, sparsity.ratio, weights):
             start = block * mask_block
             raise AuditError(
                 f"{found} weights are pruned at sweep positions {start} to "

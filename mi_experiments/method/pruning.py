@@ -93,7 +93,9 @@ class Sparsity:
         return (math.comb(self.m, self.n) - 1).bit_length() / self.m
 
 
-def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block: int) -> None:
+def check_dimensions(
+    columns: Mapping[str, int], sparsity: Sparsity, mask_block: int | None
+) -> None:
     """Refuse an n:m pattern that does not fit every linear, before any weight is read.
 
     Unstructured patterns and quantization grids fit any number of columns.
@@ -101,7 +103,7 @@ def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block:
     Args:
         columns: Of every linear to be compressed, by name.
         sparsity: The pattern that all of them get.
-        mask_block: Columns whose pattern is chosen at a time.
+        mask_block: Columns whose pattern is chosen at a time; None if that follows the columns.
 
     Raises:
         InputError: A linear or the mask block is no whole number of windows; names it.
@@ -109,7 +111,7 @@ def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block:
     m = sparsity.m
     if not sparsity.is_structured:
         return
-    if mask_block % m:
+    if mask_block is not None and mask_block % m:
         raise InputError(f"sparsity.mask_block={mask_block} is not a multiple of m = {m}")
     if misfits := [name for name, count in columns.items() if count % m]:
         more = f", and so have {len(misfits) - 1} more" if len(misfits) > 1 else ""

@@ -14,8 +14,8 @@ from mi_experiments.method.hessian import Factor
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import (
     LEAF,
-    Swept,
     SweepState,
+    Swept,
     check_sweep,
     halve,
     least_rows,

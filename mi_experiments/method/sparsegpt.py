@@ -24,7 +24,6 @@ from mi_experiments.method.hessian import Factor
 from mi_experiments.method.pruning import Selection, Sparsity, choose_pruned
 from mi_experiments.shortage import in_pieces
 
-
 LEAF = 16
 """Sweep positions that are corrected one by one."""
 
@@ -200,7 +199,8 @@ class SweepState:
         shift = torch.linalg.solve_triangular(
             self.upper[span, span], self.carried[span].T, upper=True, left=False
         )
-        return self.error[span] + shift.T
+        optimum: Tensor = self.error[span] + shift.T
+        return optimum
 
     def choose(self, low: int, high: int, sparsity: Sparsity, selection: Selection) -> None:
         """Choose what to prune in a block, given all that is fixed before it.

@@ -1,9 +1,10 @@
 """Count every bit that a compressed linear needs; `packing` writes it into exactly that many.
 
 A linear is stored as five bit streams: the codes of the weights that are left, a scale of 16 or 32
-bits and a zero point per (row, scale group), the sparsity pattern, and which channels share a width. Any
-grouping is stored as an index, contiguous groups too, so that groupings compare at equal storage.
-A reader needs nothing else but a `Layout`: a few numbers per linear, none per channel or row.
+bits and a zero point per (row, scale group), the sparsity pattern, and which channels share a
+width. Any grouping is stored as an index, contiguous groups too, so that groupings compare at equal
+storage. A reader needs nothing else but a `Layout`: a few numbers per linear, none per channel or
+row.
 """
 
 from dataclasses import dataclass
@@ -139,9 +140,7 @@ def find_layout(
     width, stored = scale_widths(grid)
     if symmetric and (grid.zero_point[:, stored] != 2 ** (width[stored] - 1)).any():
         raise ValueError("a symmetric grid has a zero point other than 2^(bits − 1)")
-    return Layout(
-        rows, columns, sparsity, groups, group_size, symmetric, dtype, grid.scale_bits
-    )
+    return Layout(rows, columns, sparsity, groups, group_size, symmetric, dtype, grid.scale_bits)
 
 
 def count_storage(
