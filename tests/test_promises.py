@@ -46,7 +46,7 @@ def tokens(tiny_tokens: Callable[..., torch.Tensor]) -> torch.Tensor:
 CONFIGS = {
     (recipe, block): config_of(f"recipe={recipe}", f"sparsity.mask_block={block}")
     for recipe in ("default", "textbook")
-    for block in (4, 128)
+    for block in (4, 128, "null")
 }
 
 
@@ -60,7 +60,7 @@ CONFIGS = {
 )
 @settings(max_examples=60, deadline=None)
 def test_any_ratio_prunes_exactly_and_zero_and_one_are_ratios(
-    rows: int, columns: int, ratio: float, bits: int, recipe: tuple[str, int], seed: int
+    rows: int, columns: int, ratio: float, bits: int, recipe: tuple[str, int | str], seed: int
 ) -> None:
     weight, inputs = draw(rows, columns, seed=seed), draw(90, columns, seed=seed + 1)
     swept = solve_here(weight, inputs, bits, ratio, CONFIGS[recipe])
