@@ -1,12 +1,13 @@
 """recipe=sparsegpt and recipe=gptq against a plain float64 reading of what the published code does.
 
 The reading below shares nothing with the project. Per linear: the grid of a row from the minimum
-and maximum of its weights, zero included, scales in float32; dead channels zeroed and their H_jj set
-to 1; damping of 0.01 of the mean diagonal; the upper Cholesky factor U of the explicit inverse; then
-column after column in blocks of 128, the error of each divided by U_jj and spread over its block by
-U's row, and over all later blocks at the end of the block. An unstructured block prunes what scores
-(w / U_jj)² up to the sorted score at ⌊ratio · n⌋; an n:m window is chosen when the loop enters it; a
-group's grid is fitted when the loop enters it, to the weights as the blocks before have left them.
+and maximum of its weights, zero included, scales in float32; dead channels zeroed, their H_jj 1;
+damping of 0.01 of the mean diagonal; the upper Cholesky factor U of the explicit inverse; then
+column after column in blocks of 128, the error of each divided by U_jj and spread over its block
+by U's row, and over all later blocks at the end of the block. An unstructured block prunes what
+scores (w / U_jj)² up to the sorted score at ⌊ratio · n⌋; an n:m window is chosen when the loop
+enters it; a group's grid is fitted when the loop enters it, to the weights as the blocks before
+have left them.
 """
 
 from dataclasses import dataclass
