@@ -250,7 +250,7 @@ class RecipeConfig:
     scale_bits: int
     selection: Selection
     window_choice: WindowChoice
-    input_share: float
+    input_share: float | None
     residual_share: float
     refine_rounds: int
     on_singular: OnSingular
@@ -277,6 +277,7 @@ class RecipeConfig:
         require("recipe.max_escalated", share, 0 <= share <= 1, "from 0 to 1")
         for key in ("input_share", "residual_share"):
             share = getattr(self, key)
-            require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")
+            allowed = (share is None and key == "input_share") or 0 <= share <= 1
+            require(f"recipe.{key}", share, allowed, "from 0 to 1")
             fits = share == 0 or self.true_sequential
             require(f"recipe.{key}", share, fits, "0 unless recipe.true_sequential=true")

@@ -146,7 +146,7 @@ def compress_model(
 
 def corrects_targets(config: Config) -> bool:
     """Say whether sweeps aim at the dense model, which then runs along block by block."""
-    return config.recipe.input_share > 0 or config.recipe.residual_share > 0
+    return config.recipe.input_share != 0 or config.recipe.residual_share != 0
 
 
 def measure_statistics(

@@ -22,7 +22,7 @@ from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.reached import sweep_and_fit
 from mi_experiments.method.refine import refine
 from mi_experiments.method.sparsegpt import Swept, sweep
-from mi_experiments.method.targets import Drift, correct_target
+from mi_experiments.method.targets import Drift, choose_input_share, correct_target
 from mi_experiments.method_config import (
     UNQUANTIZED,
     DeadChannels,
@@ -166,7 +166,7 @@ def solve_linear(
     if factor is None:
         swept, grid = erase(original, hessian, linear_plan, config)
         return Solution("compressed", original, swept, grid, linear_plan.bits, sparsity)
-    target = aim(original, factor, statistics.drift, config)
+    target = aim(original, hessian, factor, statistics.drift, config)
     swept, grid = solve(target, hessian, factor, linear_plan, config)
     status = "escalated" if len(statistics.attempts) > 1 else "compressed"
     return Solution(status, target, swept, grid, linear_plan.bits, sparsity)
@@ -174,6 +174,7 @@ def solve_linear(
 
 def aim(
     original: Float[Tensor, "rows columns"],
+    hessian: Hessian,
     factor: Factor,
     drift: Drift | None,
     config: Config,
@@ -181,11 +182,14 @@ def aim(
     """Return the matrix to compress: the original, or what restores the dense model's results."""
     if drift is None:
         return original
+    input_share = config.recipe.input_share
+    if input_share is None:
+        input_share = choose_input_share(hessian.tokens, len(hessian.diagonal))
     return correct_target(
         original,
         factor,
         drift,
-        input_share=config.recipe.input_share,
+        input_share=input_share,
         residual_share=config.recipe.residual_share,
     )
 

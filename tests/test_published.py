@@ -10,7 +10,7 @@ enters it; a group's grid is fitted when the loop enters it, to the weights as t
 have left them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -225,6 +225,19 @@ def test_groups_on_the_fly_are_not_those_of_the_original_weights():
     # The groups that the first block begins with are reached before anything is compensated.
     assert torch.equal(reached.grid.scale[:, :4], original.grid.scale[:, :4])
     assert not torch.equal(reached.grid.scale[:, 4:], original.grid.scale[:, 4:])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_survivors_have_the_grid_and_the_pattern_of_a_sweep_that_only_prunes(seed):
+    task = SPARSEGPT["half and 4 bits"]
+    weight, tokens = draw_problem(task, seed)
+    survivors, pattern = published(weight, tokens, replace(task, bits=16))
+    config = config_of("recipe=sparsegpt", f"dataset.seqlen={SEQLEN}", "recipe.grid_fit=survivors")
+    solution = ours(weight, tokens, task, config)
+    scale, zero = grid_of(survivors, task.bits)
+    assert torch.equal(solution.swept.pruned, pattern)
+    torch.testing.assert_close(solution.grid.scale[:, 0], scale, rtol=2e-7, atol=0)
+    assert torch.equal(solution.grid.zero_point[:, 0].double(), zero)
 
 
 @pytest.mark.parametrize("recipe", ["textbook", "sparsegpt"])
