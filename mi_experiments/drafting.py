@@ -40,19 +40,21 @@ PRUNING_FIELDS = (
     "sparsity.ratio",
     "sparsity.cost",
     "sparsity.mask_block",
+    "sparsity.m",
     "sparsity.spread",
 )
 """Of what pruning costs, besides."""
 
 PRICE_FIELDS = (
+    "recipe.clip_search",
     "recipe.dead_channels",
+    "recipe.scale_bits",
     "sparsity.ratio",
     "sparsity.n",
     "sparsity.m",
     "wbits.cost",
     "wbits.symmetric",
     "wbits.group_size",
-    "wbits.clip_search",
     "wbits.widths",
 )
 """Of what every width costs, besides; the budget itself is not among them."""

@@ -224,7 +224,8 @@ def price_groups(
                 bits,
                 scale_group,
                 symmetric=wbits.symmetric,
-                clip_search=wbits.clip_search,
+                clip_search=config.recipe.clip_search,
+                scale_bits=config.recipe.scale_bits,
                 pruned=pruned,
             )
             error = grid.quantize(weight) - weight
@@ -256,7 +257,7 @@ def price_pruning(
     order = sweep_order(hessian.diagonal, config.recipe.order)
     score = (weight.square() / factor.inverse_diagonal())[:, order]
     kept = possible_parts(config.sparsity.ratio, config.sparsity.spread)
-    return pruning_costs(score, felt, kept, config.sparsity.mask_block)
+    return pruning_costs(score, felt, kept, config.sparsity.mask_block_of(weight.shape[1]))
 
 
 def weigh_rows(

@@ -131,7 +131,7 @@ def outline(members: list[tuple[Block, Site]], config: Config) -> SiteOutline:
 def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> float:
     """Return the stored bits per weight of a site whose linears meet the budget exactly.
 
-    Codes of kept weights, 16-bit scales and zero points per (row, scale group), sparsity pattern,
+    Codes of kept weights, scales and zero points per (row, scale group), sparsity pattern,
     and group index; method `count_storage` counts the same on real linears.
     """
     sparsity = sparsity_of(config)
@@ -142,7 +142,7 @@ def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> flo
         size = config.wbits.group_size or max(sizes)
         scales = sum(math.ceil(channels / size) for channels in sizes)
         zero_points = 0 if config.wbits.symmetric else average
-        per_weight += scales * (16 + zero_points) / site.columns
+        per_weight += scales * (config.recipe.scale_bits + zero_points) / site.columns
     if len(sizes) > 1 and config.wbits.allocation is not Allocation.unquantized:
         index = site.columns * math.ceil(math.log2(len(sizes))) + 4 * len(sizes)
         per_weight += index * len(site.linears) / weights

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 from mi_experiments.errors import require
+from mi_experiments.method.grid import SCALE_DTYPES
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.hessian import SweepOrder
 from mi_experiments.method.information import Estimator
-from mi_experiments.method.pruning import PARTS
+from mi_experiments.method.pruning import PARTS, Selection
 
 UNQUANTIZED = 16
 """The width that stands for "not quantized"."""
@@ -61,10 +62,25 @@ class GridFit(Enum):
     `original`: the weights as they were, pattern and codes chosen in one sweep (arXiv:2301.00774).
     `survivors`: a sweep that only prunes comes first; the grids are fitted to its compensated
     survivors, and the joint sweep keeps its pattern.
+    `reached`: each scale group's when the sweep reaches it, to weights that are compensated for all
+    complete mask blocks before, whether or not they will be pruned (arXiv:2210.17323). Where one
+    group is the whole row, nothing comes before it: `original`.
     """
 
     original = "original"
     survivors = "survivors"
+    reached = "reached"
+
+
+class WindowChoice(Enum):
+    """When the patterns of n:m windows are chosen.
+
+    `block`: those of a mask block together, at its beginning. `reached`: each when the sweep
+    reaches it, as in arXiv:2301.00774.
+    """
+
+    block = "block"
+    reached = "reached"
 
 
 class OnSingular(Enum):
@@ -109,7 +125,7 @@ class SparsityConfig:
     ratio: float
     n: int
     m: int
-    mask_block: int
+    mask_block: int | None
     scope: SparsityScope
     cost: Cost
     spread: float
@@ -117,14 +133,16 @@ class SparsityConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         require("sparsity.ratio", self.ratio, 0 <= self.ratio <= 1, "from 0 to 1")
-        require("sparsity.mask_block", self.mask_block, self.mask_block >= 1, "at least 1 channel")
+        block = self.mask_block
+        fits = block is None or block >= 1
+        require("sparsity.mask_block", block, fits, "at least 1 channel, or null")
         if self.n or self.m:
             fits = 0 < self.n < self.m
             require("sparsity.n", self.n, fits, f"from 1 to m - 1 = {self.m - 1} (0 with m=0: off)")
             exact = math.isclose(self.ratio, (self.m - self.n) / self.m)
             require("sparsity.ratio", self.ratio, exact, f"(m - n) / m for {self.n}:{self.m}")
-            whole = self.mask_block % self.m == 0
-            require("sparsity.mask_block", self.mask_block, whole, f"a multiple of m = {self.m}")
+            whole = block is None or block % self.m == 0
+            require("sparsity.mask_block", block, whole, f"a multiple of m = {self.m}")
             alike = self.scope is SparsityScope.linear
             require(
                 "sparsity.scope", self.scope.value, alike, f"linear: {self.n}:{self.m} is fixed"
@@ -132,6 +150,13 @@ class SparsityConfig:
         require("sparsity.spread", self.spread, 0 <= self.spread <= 1, "from 0 to 1")
         fits = not self.allocated or self.ratio <= 1 - 1 / PARTS
         require("sparsity.ratio", self.ratio, fits, f"at most {PARTS - 1}/{PARTS} with scope=model")
+
+    def mask_block_of(self, columns: int) -> int:
+        """Return the mask block of a linear: the one asked for, or columns / 8, at most 128."""
+        if self.mask_block is not None:
+            return self.mask_block
+        unit = max(self.m, 1)
+        return max(unit, min(128, columns // 8) // unit * unit)
 
     @property
     def allocated(self) -> bool:
@@ -150,7 +175,6 @@ class WbitsConfig:
     cost: Cost
     symmetric: bool
     group_size: int | None
-    clip_search: bool
     fisher_samples: int
     tied: bool
 
@@ -222,12 +246,17 @@ class RecipeConfig:
     order: SweepOrder
     true_sequential: bool
     grid_fit: GridFit
-    input_share: float
+    clip_search: bool
+    scale_bits: int
+    selection: Selection
+    window_choice: WindowChoice
+    input_share: float | None
     residual_share: float
     refine_rounds: int
     on_singular: OnSingular
     max_escalated: float
     dead_channels: DeadChannels
+    dead_diagonal: float
     min_tokens: int
     scarce_tokens: ScarceTokens
     safety_net: bool
@@ -237,6 +266,10 @@ class RecipeConfig:
         require("recipe.damping", self.damping, 0 <= self.damping <= 1, "from 0 to 1")
         power = self.damping_power
         require("recipe.damping_power", power, 0 <= power <= 1, "from 0 to 1")
+        known = self.scale_bits in SCALE_DTYPES
+        require("recipe.scale_bits", self.scale_bits, known, "16 (float16) or 32 (float32)")
+        energy = self.dead_diagonal
+        require("recipe.dead_diagonal", energy, energy >= 0, "0 for none, or more")
         rounds = self.refine_rounds
         require("recipe.refine_rounds", rounds, rounds >= 0, "0 for none, or more")
         require("recipe.min_tokens", self.min_tokens, self.min_tokens >= 1, "at least 1 token")
@@ -244,6 +277,7 @@ class RecipeConfig:
         require("recipe.max_escalated", share, 0 <= share <= 1, "from 0 to 1")
         for key in ("input_share", "residual_share"):
             share = getattr(self, key)
-            require(f"recipe.{key}", share, 0 <= share <= 1, "from 0 to 1")
+            allowed = (share is None and key == "input_share") or 0 <= share <= 1
+            require(f"recipe.{key}", share, allowed, "from 0 to 1")
             fits = share == 0 or self.true_sequential
             require(f"recipe.{key}", share, fits, "0 unless recipe.true_sequential=true")

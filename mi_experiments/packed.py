@@ -26,13 +26,14 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def pack_linears(
-    linears: Sequence[CompressedLinear], *, symmetric: bool
+    linears: Sequence[CompressedLinear], *, symmetric: bool, scale_bits: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the streams and layouts of linears, as a safetensors file holds them.
 
     Args:
         linears: of one block, whose weights the model still holds.
         symmetric: whether zero points follow from the widths and are not stored.
+        scale_bits: 16 for float16 scales, 32 for float32.
     """
     streams: dict[str, Tensor] = {}
     layouts: dict[str, dict[str, Any]] = {}
@@ -41,7 +42,13 @@ def pack_linears(
         weight = compressed.linear.read_weight().cpu()
         grid = codes = None
         if bool((grids["bits"] < UNQUANTIZED).any()):
-            grid = Grid(grids["bits"], grids["scale_group"], grids["scale"], grids["zero_point"])
+            grid = Grid(
+                grids["bits"],
+                grids["scale_group"],
+                grids["scale"],
+                grids["zero_point"],
+                scale_bits,
+            )
             places = grid.quantized.nonzero().flatten()
             codes = torch.zeros_like(weight, dtype=torch.int16)
             codes[:, places] = grid.encode(weight[:, places], places)

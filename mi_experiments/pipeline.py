@@ -45,6 +45,7 @@ from mi_experiments.solving import (
     Solution,
     factorize_site,
     output_error,
+    pattern_block,
     solve_linear,
 )
 
@@ -145,7 +146,7 @@ def compress_model(
 
 def corrects_targets(config: Config) -> bool:
     """Say whether sweeps aim at the dense model, which then runs along block by block."""
-    return config.recipe.input_share > 0 or config.recipe.residual_share > 0
+    return config.recipe.input_share != 0 or config.recipe.residual_share != 0
 
 
 def measure_statistics(
@@ -221,7 +222,8 @@ def compress_linear(
         sparsity,
         original=original,
         order=statistics.order(),
-        mask_block=config.sparsity.mask_block,
+        mask_block=pattern_block(linear.columns, sparsity, config),
+        selection=config.recipe.selection,
         max_average_bits=plan.requested if linear_budget else None,
         # A kernel that computes scale · (code − zero) in the model's format rounds just so.
         stored=linear.read_weight().to(linear.dtype),

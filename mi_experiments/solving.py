@@ -6,7 +6,7 @@ Hessian is singular and that the recipe skips, and one whose weights are all pru
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float, Int64, UInt8
@@ -19,10 +19,17 @@ from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian, factorize, sweep_order
 from mi_experiments.method.information import total_correlation
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.reached import sweep_and_fit
 from mi_experiments.method.refine import refine
 from mi_experiments.method.sparsegpt import Swept, sweep
-from mi_experiments.method.targets import Drift, correct_target
-from mi_experiments.method_config import UNQUANTIZED, DeadChannels, GridFit, OnSingular
+from mi_experiments.method.targets import Drift, choose_input_share, correct_target
+from mi_experiments.method_config import (
+    UNQUANTIZED,
+    DeadChannels,
+    GridFit,
+    OnSingular,
+    WindowChoice,
+)
 from mi_experiments.plan import LinearPlan
 
 
@@ -107,7 +114,7 @@ def factorize_site(
     escalate = recipe.on_singular is OnSingular.escalate
     try:
         factor = factorize(
-            hessian,
+            fill_dead(hessian, config),
             damping=recipe.damping,
             power=recipe.damping_power,
             order=order,
@@ -172,22 +179,19 @@ def aim(
     drift: Drift | None,
     config: Config,
 ) -> Float[Tensor, "rows columns"]:
-    """Return the matrix to compress: the original, or what restores the dense model's results.
-
-    What a dead channel gets is no part of any result, so its weights may be zero if that is asked.
-    """
-    target = original
-    if drift is not None:
-        target = correct_target(
-            original,
-            factor,
-            drift,
-            input_share=config.recipe.input_share,
-            residual_share=config.recipe.residual_share,
-        )
-    if config.recipe.dead_channels is DeadChannels.zero:
-        target = target.masked_fill(hessian.dead, 0)
-    return target
+    """Return the matrix to compress: the original, or what restores the dense model's results."""
+    if drift is None:
+        return original
+    input_share = config.recipe.input_share
+    if input_share is None:
+        input_share = choose_input_share(hessian.tokens, len(hessian.diagonal))
+    return correct_target(
+        original,
+        factor,
+        drift,
+        input_share=input_share,
+        residual_share=config.recipe.residual_share,
+    )
 
 
 def leave(original: Float[Tensor, "rows columns"]) -> Swept:
@@ -237,7 +241,8 @@ def fit(
         bits,
         linear_plan.scale_group.to(weight.device),
         symmetric=config.wbits.symmetric,
-        clip_search=config.wbits.clip_search,
+        clip_search=config.recipe.clip_search,
+        scale_bits=config.recipe.scale_bits,
         pruned=pruned,
     )
 
@@ -250,23 +255,63 @@ def solve(
     config: Config,
 ) -> tuple[Swept, Grid | None]:
     """Prune and quantize one matrix as the recipe says."""
-    sparsity, block = linear_plan.sparsity, config.sparsity.mask_block
+    recipe, sparsity = config.recipe, linear_plan.sparsity
     quantized = bool((linear_plan.bits < UNQUANTIZED).any())
     pruning = None if sparsity.is_dense else sparsity
+    block = pattern_block(weight.shape[1], sparsity, config)
+    alive = weight
+    if recipe.dead_channels is DeadChannels.zero:
+        # They are no part of any result; a grid that is fitted to the original still sees them.
+        alive = weight.masked_fill(hessian.dead, 0)
+    run = partial(sweep, alive, factor, mask_block=block, selection=recipe.selection)
+    grid: Grid | None = None
     if not quantized:
-        return sweep(weight, factor, sparsity=pruning, mask_block=block), None
-    if pruning is None or config.recipe.grid_fit is GridFit.original:
-        grid = fit(weight, linear_plan, config)
-        swept = sweep(weight, factor, grid=grid, sparsity=pruning, mask_block=block)
+        return run(sparsity=pruning), None
+    several = bool(linear_plan.scale_group.any())
+    if recipe.grid_fit is GridFit.reached and several:
+        swept, grid = sweep_and_fit(
+            alive,
+            factor,
+            linear_plan.bits.to(weight.device),
+            linear_plan.scale_group.to(weight.device),
+            symmetric=config.wbits.symmetric,
+            clip_search=recipe.clip_search,
+            scale_bits=recipe.scale_bits,
+            sparsity=pruning,
+            selection=recipe.selection,
+            block=block,
+        )
+    elif pruning is None or recipe.grid_fit is not GridFit.survivors:
+        seen = alive if recipe.grid_fit is GridFit.survivors else weight
+        grid = fit(seen, linear_plan, config)
+        swept = run(grid=grid, sparsity=pruning)
     else:
-        first = sweep(weight, factor, sparsity=pruning, mask_block=block)
+        first = run(sparsity=pruning)
         grid, pruned = fit(first.weight, linear_plan, config, first.pruned), first.pruned
         del first
-        swept = sweep(weight, factor, grid=grid, pruned=pruned, mask_block=block)
-    if grid is not None and (rounds := config.recipe.refine_rounds):
-        damped = damped_hessian(hessian, factor)
-        return refine(swept, grid, weight, damped, rounds=rounds, order=factor.order)
+        swept = run(grid=grid, pruned=pruned)
+    if grid is not None and (rounds := recipe.refine_rounds):
+        damped = damped_hessian(fill_dead(hessian, config), factor)
+        return refine(swept, grid, alive, damped, rounds=rounds, order=factor.order)
     return swept, grid
+
+
+def pattern_block(columns: int, sparsity: Sparsity, config: Config) -> int:
+    """Return how many sweep positions choose their pruned weights together."""
+    if sparsity.is_structured and config.recipe.window_choice is WindowChoice.reached:
+        return sparsity.m
+    return config.sparsity.mask_block_of(columns)
+
+
+def fill_dead(hessian: Hessian, config: Config) -> Hessian:
+    """Give channels that were zero on every token the diagonal that the recipe says, if any.
+
+    It is said in units of 2/nsamples XᵀX, a sum over the tokens of each sequence, as published.
+    """
+    if not config.recipe.dead_diagonal or not hessian.dead.any():
+        return hessian
+    energy = config.recipe.dead_diagonal / config.dataset.seqlen
+    return replace(hessian, matrix=hessian.matrix + torch.diag(hessian.dead * energy))
 
 
 def damped_hessian(hessian: Hessian, factor: Factor) -> Float[Tensor, "columns columns"]:

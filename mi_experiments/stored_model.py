@@ -80,7 +80,11 @@ class StoredModel:
             grids = {linear.report.name: linear.grids for linear in changed}
             files[names[2]] = grid_tensors(grids), {}
         if self.config.export is Export.packed:
-            files[names[2]] = pack_linears(changed, symmetric=self.config.wbits.symmetric)
+            files[names[2]] = pack_linears(
+                changed,
+                symmetric=self.config.wbits.symmetric,
+                scale_bits=self.config.recipe.scale_bits,
+            )
         self.commits.place(files)
         self._read_back(block.index, names[0])
         self.commits.adopt(*files)

@@ -15,7 +15,7 @@ from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.pipeline import CompressedLinear, compress_model
 from mi_experiments.plan import LinearPlan, Plan, plan_compression
-from mi_experiments.solving import Measured, factorize_site, solve_linear
+from mi_experiments.solving import Measured, factorize_site, pattern_block, solve_linear
 
 SMALL = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2"]
 
@@ -104,6 +104,7 @@ def solve_here(
     widths = torch.full((columns,), bits, dtype=torch.uint8)
     sparsity = Sparsity(ratio)
     linear_plan = LinearPlan(0, "site", rows, columns, one, widths, one, sparsity)
+    block = pattern_block(columns, sparsity, config)
     hessian = measure(inputs)
     statistics = factorize_site(Measured(hessian, None, hessian.tokens), [sparsity], config)
     solution = solve_linear(weight, statistics, linear_plan, config)
@@ -113,12 +114,12 @@ def solve_here(
         sparsity,
         original=weight,
         order=statistics.order(),
-        mask_block=config.sparsity.mask_block,
+        mask_block=block,
         max_average_bits=float(bits),
         stored=solution.swept.weight,
     )
     start = 0
-    for positions in torch.split(statistics.order(), config.sparsity.mask_block):
+    for positions in torch.split(statistics.order(), block):
         count = int(solution.swept.pruned[:, positions].sum())
         assert count == round(ratio * (rows * len(positions))), start
         start += len(positions)

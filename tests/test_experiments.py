@@ -153,7 +153,7 @@ def test_the_baseline_is_what_was_published_with_as_many_scales(hydra: Hydra) ->
     textbook, default = plain("experiment=textbook", "wbits.average=3"), plain("wbits.average=3")
     assert textbook.recipe.name == "textbook"
     assert textbook.recipe.damping == 0.01
-    assert not textbook.wbits.clip_search
+    assert not textbook.recipe.clip_search
     assert textbook.wbits.candidate_widths() == [3]
     assert textbook.n_groups.grouping is Grouping.contiguous
     assert not textbook.sparsity.allocated

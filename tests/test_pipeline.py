@@ -129,6 +129,26 @@ def test_true_sequential_linears_read_what_compressed_ones_give(
     assert torch.allclose(seen[last], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("nsamples", "share", "other"), [(4, 0.5, 1.0), (96, 1.0, 0.5)])
+def test_without_a_share_it_is_the_one_that_suits_the_tokens(
+    tiny_model: Callable[..., Any],
+    tiny_tokens: Callable[..., torch.Tensor],
+    nsamples: int,
+    share: float,
+    other: float,
+) -> None:
+    """Whatever the site of this model, 4 × 16 tokens are few and 96 × 16 enough."""
+    blind = ["wbits=uniform", "n_groups=contiguous"]
+    tokens, weights = tiny_tokens(nsamples, 16), {}
+    for value in ("null", share, other):
+        overrides = [f"recipe.input_share={value}", "recipe.residual_share=0", *blind]
+        linears = compressed(tiny_model("llama"), tokens, *overrides)
+        weights[value] = [linear.linear.read_weight() for linear in linears]
+    pairs = list(zip(weights["null"], weights[share], weights[other], strict=True))
+    assert all(torch.equal(chosen, same) for chosen, same, _ in pairs)
+    assert not all(torch.equal(chosen, different) for chosen, _, different in pairs)
+
+
 def test_mixed_widths_are_those_of_the_plan(
     tiny_model: Callable[..., Any], tokens: torch.Tensor
 ) -> None:

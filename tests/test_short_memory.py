@@ -44,7 +44,7 @@ PLACES = {
     "Hessian": (gram, "_add_panel_", 2, "self_attn.q_proj k_proj v_proj"),
     "Hessian of a later site": (gram, "_add_panel_", 9, "mlp.gate_proj up_proj"),
     "forward": (Call, "replay", 6, "self_attn.q_proj k_proj v_proj"),
-    "sweep": (sparsegpt._Sweep, "__init__", 1, "self_attn.k_proj"),
+    "sweep": (sparsegpt.SweepState, "__init__", 1, "self_attn.k_proj"),
     "refinement": (refine, "_descend", 3, "self_attn.k_proj"),
 }
 
@@ -72,7 +72,7 @@ def test_a_pattern_that_needs_all_rows_at_once_ends_in_one_line_that_names_the_l
 ) -> None:
     model = build_tiny_model("llama")
     before = bits_of(model)
-    fail_once(monkeypatch, sparsegpt._Sweep, "__init__", 0)
+    fail_once(monkeypatch, sparsegpt.SweepState, "__init__", 0)
     line = (
         r"^block 0, self_attn.q_proj\+.* \(model.layers.0.self_attn.q_proj\): no memory for 32 rows"
     )

@@ -215,9 +215,9 @@ APART = {
 def test_rows_are_swept_apart_without_changing_one(kind, room, monkeypatch):
     weight, _, factor, grid = problem()
     whole = sweep(weight, factor, grid=grid, mask_block=8, **APART[kind])
-    init = sparsegpt._Sweep.__init__
+    init = sparsegpt.SweepState.__init__
     short = failing(init, 1000, lambda _, rows, *__: len(rows) > room)
-    monkeypatch.setattr(sparsegpt._Sweep, "__init__", short)
+    monkeypatch.setattr(sparsegpt.SweepState, "__init__", short)
     with count_retries() as retries:
         pieces = sweep(weight, factor, grid=grid, mask_block=8, **APART[kind])
     assert retries.count == {1: 8, 4: 2}[room]
@@ -229,7 +229,7 @@ def test_rows_are_swept_apart_without_changing_one(kind, room, monkeypatch):
 
 def test_a_pattern_chosen_among_all_rows_needs_them_all(monkeypatch):
     weight, _, factor, grid = problem()
-    monkeypatch.setattr(sparsegpt._Sweep, "__init__", failing(sparsegpt._Sweep.__init__, 1))
+    monkeypatch.setattr(sparsegpt.SweepState, "__init__", failing(sparsegpt.SweepState.__init__, 1))
     with pytest.raises(MemoryShortage, match="no memory for 9 rows"):
         sweep(weight, factor, grid=grid, sparsity=Sparsity(0.5), mask_block=8)
 

@@ -231,7 +231,7 @@ def test_sampling_settings_that_the_library_refuses_go_through(tmp_path: Path) -
 def test_each_block_is_committed_with_its_reports_and_what_the_export_asks_for(
     export: str, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mi_experiments.stored_model.pack_linears", lambda linears, symmetric: ({
+    monkeypatch.setattr("mi_experiments.stored_model.pack_linears", lambda linears, **storage: ({
         linear.report.name: torch.ones(3, dtype=torch.uint8) for linear in linears
     }, {"layouts": "{}"}))  # fmt: skip
     save_model(tmp_path / "original", "llama", torch.float32)

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mi_experiments.errors import AuditError
-from mi_experiments.method.grid import UNQUANTIZED, Grid
-from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.grid import UNQUANTIZED, Grid, store_scale
+from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept
 
 CHUNK = 2**22
@@ -45,6 +45,7 @@ def audit_linear(
     mask_block: int,
     max_average_bits: float | None,
     stored: Float[Tensor, "rows columns"] | None,
+    selection: Selection = Selection.exact,
 ) -> AuditReport:
     """Check finiteness, sparsity, grid membership, the budget and what will be stored.
 
@@ -58,6 +59,7 @@ def audit_linear(
         max_average_bits: Average width that must not be exceeded; None if the budget spans more
             than this linear.
         stored: The weights in the dtype of the model; None to skip.
+        selection: How an unstructured pattern counts what it prunes.
 
     Raises:
         AuditError: A promise is broken.
@@ -70,7 +72,7 @@ def audit_linear(
     if sparsity.is_structured:
         _audit_windows(pruned, sparsity)
     else:
-        _audit_mask_blocks(pruned, sparsity, order, mask_block)
+        _audit_mask_blocks(pruned, sparsity, order, mask_block, selection)
     levels_max = 0 if grid is None else _audit_grid(swept, grid)
     if stored is not None and not torch.equal(stored, weight.to(stored.dtype)):
         bad = int((stored != weight.to(stored.dtype)).count_nonzero())
@@ -105,6 +107,7 @@ def _audit_mask_blocks(
     sparsity: Sparsity,
     order: Int64[Tensor, "columns"],
     mask_block: int,
+    selection: Selection,
 ) -> None:
     """Count the pruned weights of every mask block."""
     rows, columns = pruned.shape
@@ -112,8 +115,9 @@ def _audit_mask_blocks(
         raise AuditError(f"the sweep order is no permutation of {columns} channels")
     counts = torch.split(pruned.count_nonzero(0)[order].cpu(), mask_block)
     for block, count in enumerate(counts):
-        found, expected = int(count.sum()), round(sparsity.ratio * (rows * len(count)))
-        if found != expected:
+        found, weights = int(count.sum()), rows * len(count)
+        expected = round(sparsity.ratio * weights)
+        if not selection.may_prune(found, sparsity.ratio, weights):
             start = block * mask_block
             raise AuditError(
                 f"{found} weights are pruned at sweep positions {start} to "
@@ -132,9 +136,10 @@ def _audit_grid(swept: Swept, grid: Grid) -> int:
         return 0
     if swept.codes is None:
         raise AuditError(f"{columns.numel()} channels are quantized but have no codes")
-    right = (grid.scale > 0) & grid.scale.isfinite() & (grid.scale == grid.scale.half())
-    if bad := int((~right).count_nonzero()):
-        raise AuditError(f"{bad} of {grid.scale.numel()} scales are not positive float16 numbers")
+    kind = f"float{grid.scale_bits}"
+    exact = grid.scale == store_scale(grid.scale, grid.scale_bits)
+    if bad := int((~((grid.scale > 0) & grid.scale.isfinite() & exact)).count_nonzero()):
+        raise AuditError(f"{bad} of {grid.scale.numel()} scales are not positive {kind} numbers")
     levels_max = 0
     rows = torch.arange(len(swept.weight), device=columns.device)
     for part in torch.split(rows, max(1, CHUNK // swept.weight.shape[1])):
@@ -190,7 +195,8 @@ def _audit_codes(
 ) -> None:
     """Check weight = scale · (code − zero point), exactly, with code and zero point in range.
 
-    The product of an 11-bit scale and an 8-bit code is exact in float32, so no tolerance is due.
+    The product of an 11-bit scale and an 8-bit code is exact in float32, and that of a 24-bit scale
+    is rounded once, here as there: no tolerance is due.
     """
     group = grid.scale_group[columns]
     scale, zero = grid.scale[rows][:, group], grid.zero_point[rows][:, group]

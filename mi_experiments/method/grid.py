@@ -22,8 +22,8 @@ MAX_BITS = 8
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(30))
 """Fractions of the full range that the clip search tries: 1.00, 0.98, …, 0.42."""
 
-SMALLEST_SCALE = 2.0**-24
-"""The smallest positive float16."""
+SCALE_DTYPES = {16: torch.float16, 32: torch.float32}
+"""The numbers that a scale may be, by the bits that it is stored in."""
 
 CHUNK_ELEMENTS = 2**20
 """Candidate weights (factors · rows · channels) held at a time by the clip search."""
@@ -67,9 +67,10 @@ class Grid:
     Attributes:
         bits: Width of each channel's codes, 1 to 8; 16 leaves the channel unquantized.
         scale_group: Which column of ``scale`` and ``zero_point`` each channel uses.
-        scale: Distance between levels; positive, and exactly a float16, so that counting 16 bits
-            for it is honest. 1 where unquantized.
+        scale: Distance between levels; positive, and exactly a number of ``scale_bits``, so that
+            counting these for it is honest. 1 where unquantized.
         zero_point: The code of zero, in [0, 2^bits − 1]. 0 where unquantized.
+        scale_bits: 16 for float16 scales, 32 for float32.
 
     Raises:
         ValueError: A width is out of range, a scale group mixes widths or is missing, or a scale or
@@ -80,11 +81,12 @@ class Grid:
     scale_group: Int32[Tensor, "columns"]
     scale: Float[Tensor, "rows scale_groups"]
     zero_point: Int32[Tensor, "rows scale_groups"]
+    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         width = _bits_per_group(self.bits, self.scale_group, self.scale.shape[1])
-        if not ((self.scale > 0) & (self.scale == self.scale.half())).all():
-            raise ValueError("every scale must be positive and exactly a float16")
+        if not ((self.scale > 0) & (self.scale == store_scale(self.scale, self.scale_bits))).all():
+            raise ValueError(f"every scale must be positive and exactly a float{self.scale_bits}")
         if not ((self.zero_point >= 0) & (self.zero_point <= _top(width))).all():
             raise ValueError("every zero point must be a code, in [0, 2^bits − 1]")
         whole = width == UNQUANTIZED
@@ -157,6 +159,7 @@ def fit_grid(
     *,
     symmetric: bool,
     clip_search: bool,
+    scale_bits: int = 16,
     pruned: Bool[Tensor, "rows columns"] | None = None,
 ) -> Grid:
     """Fit one scale and zero point to the weights of every (row, scale group).
@@ -172,10 +175,11 @@ def fit_grid(
         scale_group: Scale group of each channel, dense from 0.
         symmetric: Whether the levels are centred on zero.
         clip_search: Whether to try shrunk ranges.
+        scale_bits: What a scale is rounded to: 16 for float16, 32 for float32.
         pruned: Weights that will be zero and so have no part in the fit.
 
     Raises:
-        NumericalError: A weight is not finite, or a scale exceeds the largest float16.
+        NumericalError: A weight is not finite, or a scale exceeds the largest that is stored.
         ValueError: A width is out of range, or a scale group mixes widths or is missing.
     """
     if bad := int((~weight.isfinite()).sum()):
@@ -190,12 +194,21 @@ def fit_grid(
     factors = weight.new_tensor(SHRINK_FACTORS if clip_search else SHRINK_FACTORS[:1])
     for width, chosen, columns in _batches(bits, scale_group, groups):
         chunks = 1 + len(factors) * len(weight) * columns.numel() // CHUNK_ELEMENTS
-        parts = [_fit(part[:, columns], width, symmetric, factors) for part in weight.chunk(chunks)]
+        parts = [
+            _fit(part[:, columns], width, symmetric, factors, scale_bits)
+            for part in weight.chunk(chunks)
+        ]
         scale[:, chosen] = torch.cat([part[0] for part in parts])
         zero_point[:, chosen] = torch.cat([part[1] for part in parts])
     if not scale.isfinite().all():
-        raise NumericalError(f"weights up to {weight.abs().max():.3g} need scales beyond float16")
-    return Grid(bits, scale_group, scale, zero_point)
+        most = f"{weight.abs().max():.3g}"
+        raise NumericalError(f"weights up to {most} need scales beyond float{scale_bits}")
+    return Grid(bits, scale_group, scale, zero_point, scale_bits)
+
+
+def store_scale(scale: Float[Tensor, "*shape"], scale_bits: int) -> Float[Tensor, "*shape"]:
+    """Round scales to the nearest number that can be stored, in the dtype that they have."""
+    return scale.to(SCALE_DTYPES[scale_bits]).to(scale.dtype)
 
 
 def _top(bits: Tensor) -> Tensor:
@@ -244,6 +257,7 @@ def _fit(
     bits: int,
     symmetric: bool,
     factors: Float[Tensor, "factors"],
+    scale_bits: int,
 ) -> tuple[Float[Tensor, "rows groups"], Int32[Tensor, "rows groups"]]:
     """Scale and zero point of the best shrink factor for each row and group of one width."""
     top = 2**bits - 1
@@ -252,7 +266,9 @@ def _fit(
         high = torch.maximum(-low, high)
         low = -high
     shrink = factors[:, None, None]
-    scale = (shrink * ((high - low) / top)).half().to(weight.dtype).clamp(min=SMALLEST_SCALE)
+    limits = torch.finfo(SCALE_DTYPES[scale_bits])
+    scale = store_scale(shrink * ((high - low) / top), scale_bits)
+    scale = scale.clamp(min=limits.smallest_normal * limits.eps)
     scale = torch.where(high == low, 1.0, scale)
     if symmetric:
         zero = torch.full_like(scale, 2 ** (bits - 1))

@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64, Integer, UInt8
 from torch import Tensor
 
-from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
+from mi_experiments.method.grid import SCALE_DTYPES, UNQUANTIZED, Grid, scale_groups
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.storage import (
-    SCALE_BITS,
     WIDTH_BITS,
     Layout,
     first_of,
@@ -69,7 +68,9 @@ def pack(
         group_bits = first_of(bits, labels, layout.groups)
         fields["group_index"] = [(labels, layout.index_bits), (group_bits - 1, WIDTH_BITS)]
         width, stored = scale_widths(grid)
-        fields["scales"] = [(grid.scale[:, stored].half().view(torch.int16), SCALE_BITS)]
+        scales = grid.scale[:, stored].to(SCALE_DTYPES[layout.scale_bits])
+        integers = torch.int16 if layout.scale_bits == 16 else torch.int32
+        fields["scales"] = [(scales.view(integers), layout.scale_bits)]
         if not layout.symmetric:
             fields["zero_points"] = [
                 (grid.zero_point[:, at], b) for b, at in _by_width(width) if b != UNQUANTIZED
@@ -117,8 +118,10 @@ def _read_grid(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Gri
     width = first_of(bits, shared.long(), int(shared.max()) + 1)
     stored = width != UNQUANTIZED
     scale = torch.ones(layout.rows, len(width))
-    (halves,) = _read(streams["scales"], [(layout.rows * int(stored.sum()), SCALE_BITS)])
-    scale[:, stored] = halves.to(torch.int16).view(torch.float16).view(layout.rows, -1).float()
+    wide = layout.scale_bits
+    (scales,) = _read(streams["scales"], [(layout.rows * int(stored.sum()), wide)])
+    scales = scales.to(torch.int16 if wide == 16 else torch.int32).view(SCALE_DTYPES[wide])
+    scale[:, stored] = scales.view(layout.rows, -1).float()
     zero_point = torch.where(stored, 2 ** (width.int() - 1), 0).expand(layout.rows, -1).int()
     if not layout.symmetric:
         parts = [(b, at) for b, at in _by_width(width) if b != UNQUANTIZED]
@@ -126,7 +129,7 @@ def _read_grid(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Gri
         zero_point = zero_point.clone()
         for (_, at), values in zip(parts, zeros, strict=True):
             zero_point[:, at] = values.view(layout.rows, -1).int()
-    return Grid(bits, shared, scale, zero_point)
+    return Grid(bits, shared, scale, zero_point, wide)
 
 
 def _combinations(sparsity: Sparsity) -> Int64[Tensor, "positions counts"]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -12,6 +13,24 @@ from mi_experiments.errors import InputError
 
 PARTS = 128
 """What linears keep where they share a total is counted in 128ths of their weights."""
+
+
+class Selection(Enum):
+    """How many weights of an unstructured mask block are pruned.
+
+    `exact`: round(ratio · n), ties included. `threshold`: all that score no more than the weight at
+    position ⌊ratio · n⌋ of the sorted scores, counted from 0, so one more than asked and all ties
+    with it, as in the published code of SparseGPT (arXiv:2301.00774).
+    """
+
+    exact = "exact"
+    threshold = "threshold"
+
+    def may_prune(self, count: int, ratio: float, weights: int) -> bool:
+        """Say whether that many pruned weights of a mask block are what the selection promises."""
+        if self is Selection.exact or ratio in (0, 1):
+            return count == round(ratio * weights)
+        return int(ratio * weights) < count <= weights
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,9 @@ class Sparsity:
         return (math.comb(self.m, self.n) - 1).bit_length() / self.m
 
 
-def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block: int) -> None:
+def check_dimensions(
+    columns: Mapping[str, int], sparsity: Sparsity, mask_block: int | None
+) -> None:
     """Refuse an n:m pattern that does not fit every linear, before any weight is read.
 
     Unstructured patterns and quantization grids fit any number of columns.
@@ -82,7 +103,7 @@ def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block:
     Args:
         columns: Of every linear to be compressed, by name.
         sparsity: The pattern that all of them get.
-        mask_block: Columns whose pattern is chosen at a time.
+        mask_block: Columns whose pattern is chosen at a time; None if that follows the columns.
 
     Raises:
         InputError: A linear or the mask block is no whole number of windows; names it.
@@ -90,7 +111,7 @@ def check_dimensions(columns: Mapping[str, int], sparsity: Sparsity, mask_block:
     m = sparsity.m
     if not sparsity.is_structured:
         return
-    if mask_block % m:
+    if mask_block is not None and mask_block % m:
         raise InputError(f"sparsity.mask_block={mask_block} is not a multiple of m = {m}")
     if misfits := [name for name, count in columns.items() if count % m]:
         more = f", and so have {len(misfits) - 1} more" if len(misfits) > 1 else ""
@@ -144,17 +165,20 @@ def pruning_costs(
 
 
 def choose_pruned(
-    score: Float[Tensor, "rows columns"], sparsity: Sparsity
+    score: Float[Tensor, "rows columns"],
+    sparsity: Sparsity,
+    selection: Selection = Selection.exact,
 ) -> Bool[Tensor, "rows columns"]:
     """Choose the weights with the smallest scores, exactly as many as asked.
 
-    Unstructured: round(ratio · rows · columns) over the whole tensor. n:m: m − n in every window
-    of m consecutive columns, the earlier channel first among equal scores. The same scores give
-    the same choice on the same device.
+    Unstructured: round(ratio · rows · columns) over the whole tensor, or what the selection says.
+    n:m: m − n in every window of m consecutive columns, the earlier channel first among equal
+    scores. The same scores give the same choice on the same device.
 
     Args:
         score: What is lost by pruning each weight; in storage order for n:m.
         sparsity: How many and in which pattern.
+        selection: How an unstructured pattern counts them.
 
     Returns:
         True where the weight is to be set to zero.
@@ -170,6 +194,9 @@ def choose_pruned(
         windows = score.reshape(rows, -1, sparsity.m).argsort(dim=-1, stable=True)
         least = windows[..., : sparsity.m - sparsity.n]
         return pruned.view(windows.shape).scatter_(-1, least, value=True).view(rows, columns)
+    if selection is Selection.threshold and 0 < sparsity.ratio < 1:
+        position = int(sparsity.ratio * score.numel())
+        return score <= score.flatten().kthvalue(position + 1).values
     count = round(sparsity.ratio * score.numel())
     least = score.flatten().topk(count, largest=False, sorted=False).indices
     return pruned.view(-1).index_fill_(0, least, value=True).view(rows, columns)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
-from mi_experiments.method.grid import Grid
+from mi_experiments.method.grid import Grid, store_scale
 from mi_experiments.method.sparsegpt import Swept
 from mi_experiments.shortage import in_pieces
 
@@ -157,7 +157,7 @@ def refit_scales(
 ) -> tuple[Swept, Grid]:
     """Refit every scale once by least squares, given the codes and all other scales.
 
-    Each row's scale groups take turns. The new scale is a float16 again; one that would leave
+    Each row's scale groups take turns. The new scale is as stored again; one that would leave
     [s/4, 4s] is rejected. Zero points and codes stay.
 
     Args:
@@ -193,7 +193,7 @@ def _refit_scales(
         level, panel = weight[channels] / old, hessian[channels]
         slope = (panel @ error).mul_(level).sum(0)
         curvature = (panel[:, channels] @ level).mul_(level).sum(0)
-        new = (old - slope / (curvature * (1 + RIDGE))).half().to(old.dtype)
+        new = store_scale(old - slope / (curvature * (1 + RIDGE)), grid.scale_bits)
         # Where all levels are zero the minimiser is 0/0, which is in no range.
         in_range = (new >= old / LARGEST_CHANGE) & (new <= old * LARGEST_CHANGE)
         new = torch.where(in_range, new, old)

@@ -21,8 +21,11 @@ from torch import Tensor
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid
 from mi_experiments.method.hessian import Factor
-from mi_experiments.method.pruning import Sparsity, choose_pruned
+from mi_experiments.method.pruning import Selection, Sparsity, choose_pruned
 from mi_experiments.shortage import in_pieces
+
+LEAF = 16
+"""Sweep positions that are corrected one by one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +73,9 @@ def sweep(
     grid: Grid | None = None,
     sparsity: Sparsity | None = None,
     pruned: Bool[Tensor, "rows columns"] | None = None,
+    selection: Selection = Selection.exact,
     mask_block: int = 128,
-    leaf: int = 16,
+    leaf: int = LEAF,
 ) -> Swept:
     """Prune and quantize a linear so that its output changes little.
 
@@ -88,6 +92,7 @@ def sweep(
         grid: Levels of the quantized channels; None quantizes nothing.
         sparsity: How many weights to prune and in which pattern; None chooses none.
         pruned: A pattern to use as it is, instead of ``sparsity``.
+        selection: How an unstructured pattern counts what it prunes.
         mask_block: Sweep positions whose pruned weights are chosen together.
         leaf: Sweep positions that are corrected one by one; has no influence but on speed.
 
@@ -104,10 +109,7 @@ def sweep(
         raise ValueError("give either a sparsity to choose a pattern for, or a pattern, not both")
     if sparsity is not None and sparsity.is_dense:
         sparsity = None
-    if sparsity is not None and sparsity.is_structured:
-        _check_windows(factor.order, sparsity.m, mask_block)
-    if bad := int((~weight.isfinite()).sum()):
-        raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
+    check_sweep(weight, factor, sparsity, mask_block)
     if pruned is None:
         pruned = torch.zeros_like(weight, dtype=torch.bool)
     if sparsity is None and not pruned.any() and (grid is None or not grid.quantized.any()):
@@ -119,21 +121,43 @@ def sweep(
     def sweep_rows(start: int, stop: int) -> Swept:
         rows = slice(start, stop)
         part = None if grid is None else grid.of_rows(start, stop)
-        state = _Sweep(weight[rows], factor, part, chosen[rows])
+        state = SweepState(weight[rows], factor, part, chosen[rows])
 
         def block(low: int, high: int) -> None:
             if sparsity is not None:
-                state.choose(low, high, sparsity)
-            _halve(low, high, leaf, state.fix, state.carry)
+                state.choose(low, high, sparsity, selection)
+            halve(low, high, leaf, state.fix, state.carry)
 
-        _halve(0, weight.shape[1], mask_block, block, state.carry)
+        halve(0, weight.shape[1], mask_block, block, state.carry)
         return state.finish()
 
-    apart = sparsity is None or sparsity.is_structured
-    return Swept.join(in_pieces(sweep_rows, len(weight), "rows", 1 if apart else len(weight)))
+    return Swept.join(in_pieces(sweep_rows, len(weight), "rows", least_rows(weight, sparsity)))
 
 
-class _Sweep:
+def check_sweep(
+    weight: Float[Tensor, "rows columns"],
+    factor: Factor,
+    sparsity: Sparsity | None,
+    mask_block: int,
+) -> None:
+    """Refuse weights that are not finite, and an n:m pattern that the sweep would tear apart.
+
+    Raises:
+        NumericalError: A weight is not finite.
+        ValueError: The windows of an n:m pattern lie in several mask blocks.
+    """
+    if sparsity is not None and sparsity.is_structured:
+        _check_windows(factor.order, sparsity.m, mask_block)
+    if bad := int((~weight.isfinite()).sum()):
+        raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
+
+
+def least_rows(weight: Float[Tensor, "rows columns"], sparsity: Sparsity | None) -> int:
+    """Return how many rows must be swept at once: all where a pattern is chosen among them."""
+    return 1 if sparsity is None or sparsity.is_structured else len(weight)
+
+
+class SweepState:
     """The sweep's tensors, transposed so that a channel is contiguous, in sweep order.
 
     Attributes:
@@ -165,19 +189,28 @@ class _Sweep:
             self.zero = grid.zero_point.T.to(self.upper.dtype).contiguous()
             self.top = 2 ** grid.bits[self.order, None].to(self.upper.dtype) - 1
 
-    def choose(self, low: int, high: int, sparsity: Sparsity) -> None:
-        """Choose what to prune in a block, given all that is fixed before it.
+    def optimum(self, low: int, high: int) -> Float[Tensor, "span rows"]:
+        """Return the weights that are optimal given all that is fixed before ``low``.
 
-        The targets t_j are not what SparseGPT scores: they lack the corrections inside the block.
-        The weights that are optimal given the past solve E R = 0 on the block: W + (E R) R_BB⁻¹.
+        All errors must have been carried this far. Such weights solve E R = 0 on the span S:
+        W + (E R) R_SS⁻¹. They are what the published recursions hold in their place.
         """
         span = slice(low, high)
         shift = torch.linalg.solve_triangular(
             self.upper[span, span], self.carried[span].T, upper=True, left=False
         )
-        saliency = ((self.error[span] + shift.T) * self.diagonal[span]).square_()
+        optimum: Tensor = self.error[span] + shift.T
+        return optimum
+
+    def choose(self, low: int, high: int, sparsity: Sparsity, selection: Selection) -> None:
+        """Choose what to prune in a block, given all that is fixed before it.
+
+        The targets t_j are not what SparseGPT scores: they lack the corrections inside the block.
+        """
+        span = slice(low, high)
+        saliency = (self.optimum(low, high) * self.diagonal[span]).square_()
         by_channel = self.order[span].argsort()
-        pruned = choose_pruned(saliency.index_select(0, by_channel).T, sparsity)
+        pruned = choose_pruned(saliency.index_select(0, by_channel).T, sparsity, selection)
         self.pruned[span].index_copy_(0, by_channel, pruned.T)
 
     def carry(self, low: int, middle: int, high: int) -> None:
@@ -232,7 +265,7 @@ class _Sweep:
         return Swept(value.T.contiguous(), codes, pruned, self.loss)
 
 
-def _halve(
+def halve(
     low: int,
     high: int,
     unit: int,
@@ -248,9 +281,9 @@ def _halve(
         visit(low, high)
         return
     middle = low + (pieces + 1) // 2 * unit
-    _halve(low, middle, unit, visit, carry)
+    halve(low, middle, unit, visit, carry)
     carry(low, middle, high)
-    _halve(middle, high, unit, visit, carry)
+    halve(middle, high, unit, visit, carry)
 
 
 def _check_windows(order: Int64[Tensor, "columns"], m: int, mask_block: int) -> None:

@@ -1,9 +1,10 @@
 """Count every bit that a compressed linear needs; `packing` writes it into exactly that many.
 
-A linear is stored as five bit streams: the codes of the weights that are left, a 16-bit scale and
-a zero point per (row, scale group), the sparsity pattern, and which channels share a width. Any
-grouping is stored as an index, contiguous groups too, so that groupings compare at equal storage.
-A reader needs nothing else but a `Layout`: a few numbers per linear, none per channel or row.
+A linear is stored as five bit streams: the codes of the weights that are left, a scale of 16 or 32
+bits and a zero point per (row, scale group), the sparsity pattern, and which channels share a
+width. Any grouping is stored as an index, contiguous groups too, so that groupings compare at equal
+storage. A reader needs nothing else but a `Layout`: a few numbers per linear, none per channel or
+row.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,6 @@ from torch import Tensor
 
 from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
 from mi_experiments.method.pruning import Sparsity
-
-SCALE_BITS = 16
-"""Width of a stored scale, which is a float16."""
 
 WIDTH_BITS = 4
 """Width of a channel group's stored bit width, minus one: 1 to 16."""
@@ -66,6 +64,7 @@ class Layout:
         group_size: Most channels that share a scale inside a channel group.
         symmetric: Whether zero points are 2^(bits − 1), and so are not stored.
         dtype: The 16-bit dtype of the weights of unquantized channels.
+        scale_bits: Width of a stored scale: 16 for float16, 32 for float32.
     """
 
     rows: int
@@ -75,6 +74,7 @@ class Layout:
     group_size: int
     symmetric: bool
     dtype: torch.dtype
+    scale_bits: int = 16
 
     @property
     def index_bits(self) -> int:
@@ -140,7 +140,7 @@ def find_layout(
     width, stored = scale_widths(grid)
     if symmetric and (grid.zero_point[:, stored] != 2 ** (width[stored] - 1)).any():
         raise ValueError("a symmetric grid has a zero point other than 2^(bits − 1)")
-    return Layout(rows, columns, sparsity, groups, group_size, symmetric, dtype)
+    return Layout(rows, columns, sparsity, groups, group_size, symmetric, dtype, grid.scale_bits)
 
 
 def count_storage(
@@ -169,7 +169,7 @@ def count_storage(
     return Storage(
         weights=pruned.numel(),
         codes=int((kept * grid.bits).sum()),
-        scales=layout.rows * int(stored.sum()) * SCALE_BITS,
+        scales=layout.rows * int(stored.sum()) * layout.scale_bits,
         zero_points=0 if symmetric else layout.rows * int(width[stored].sum()),
         pattern=pattern,
         group_index=layout.columns * layout.index_bits + layout.groups * WIDTH_BITS,

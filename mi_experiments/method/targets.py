@@ -19,6 +19,9 @@ from torch import Tensor
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.hessian import Factor
 
+FEW_TOKENS = 16
+"""Tokens per channel up to which half of the correction for inputs does better than all of it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Drift:
@@ -80,6 +83,11 @@ class DriftAccumulator:
         scale = 2 / self._tokens
         residual = None if self._residual is None else self._residual * scale
         return Drift(self._inputs * scale, residual)
+
+
+def choose_input_share(tokens: int, columns: int) -> float:
+    """Return the share α that suits as many tokens: half where few, else all."""
+    return 0.5 if tokens <= FEW_TOKENS * columns else 1.0
 
 
 def correct_target(

@@ -12,7 +12,7 @@ from mi_experiments.method import audit
 from mi_experiments.method.audit import AuditReport, audit_linear
 from mi_experiments.method.grid import Grid, fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor
-from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept, sweep
 
 ROWS, COLUMNS, MASK_BLOCK = 6, 32, 12
@@ -106,6 +106,35 @@ def test_one_weight_pruned_too_many_fails():
     more = edited(edited(swept, "pruned", at, True), "weight", at, 0.0)
     with pytest.raises(AuditError, match=r"weights are pruned at sweep positions \d+ to \d+ where"):
         check(more, grid)
+
+
+def test_a_threshold_may_prune_more_than_asked_and_not_as_few():
+    swept, grid = swept_linear()
+    with pytest.raises(AuditError, match=r"36 weights are pruned at sweep positions 0 to 11"):
+        check(swept, grid, selection=Selection.threshold)
+    for block in ORDER.split(MASK_BLOCK):
+        row, at = first(~swept.pruned[:, block])
+        swept = edited(swept, "pruned", (row, block[at]), True)
+        swept = edited(swept, "weight", (row, block[at]), 0.0)
+    assert check(swept, grid, selection=Selection.threshold).sparsity > 0.5
+    with pytest.raises(AuditError, match="37 weights are pruned at sweep positions 0 to 11"):
+        check(swept, grid)
+
+
+def test_a_scale_with_more_digits_than_are_counted_fails():
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    bits, group = mixed_bits()
+    fine = fit_grid(
+        weight, bits, scale_groups(group, 4), symmetric=False, clip_search=False, scale_bits=32
+    )
+    factor = Factor(torch.eye(COLUMNS), ORDER, 0.01, (0.01,))
+    swept = sweep(weight, factor, grid=fine)
+    assert check(swept, fine, DENSE).levels_max == 4
+    with pytest.raises(ValueError, match="exactly a float16"):
+        replace(fine, scale_bits=16)
+    object.__setattr__(fine, "scale_bits", 16)
+    with pytest.raises(AuditError, match="scales are not positive float16 numbers"):
+        check(swept, fine, DENSE)
 
 
 def test_one_pruned_weight_moved_to_another_mask_block_fails():

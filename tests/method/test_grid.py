@@ -162,6 +162,15 @@ def test_every_scale_is_a_float16_whatever_the_magnitude():
     assert (grid.scale > 0).all()
 
 
+def test_a_float32_scale_is_that_of_the_range_rounded_once():
+    weight = normal(8, 12, dtype=torch.float64)
+    bits, one = widths(*[3] * 12), torch.zeros(12, dtype=torch.int32)
+    grid = fit_grid(weight, bits, one, symmetric=False, clip_search=False, scale_bits=32)
+    span = weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)
+    assert torch.equal(grid.scale[:, 0], (span / 7).float().double())
+    assert (grid.scale != grid.scale.half()).any()
+
+
 def test_all_zero_rows_get_a_harmless_scale():
     weight = normal(3, 12)
     weight[1] = 0

@@ -157,17 +157,21 @@ def as_swept(target, grid, pruned=None):
     return Swept(weight, codes, pruned, weight.new_zeros(len(weight)))
 
 
-def test_refit_of_one_group_is_least_squares(monkeypatch):
+@pytest.mark.parametrize(
+    ("scale_bits", "stored", "digits"), [(16, np.float16, 11), (32, np.float32, 24)]
+)
+def test_refit_of_one_group_is_least_squares(monkeypatch, scale_bits, stored, digits):
     monkeypatch.setattr(module, "RIDGE", 0.0)
     swept, grid, target, hessian = one_group()
+    grid = replace(grid, scale_bits=scale_bits)
     found, refitted = refit_scales(swept, grid, target, hessian)
     root = np.linalg.cholesky(hessian.numpy())
     for row in range(ROWS):
         level = (swept.codes[row] - grid.zero_point[row, 0]).double().numpy()
         best = np.linalg.lstsq((level @ root)[:, None], target[row].numpy() @ root, rcond=None)[0]
-        assert float(refitted.scale[row, 0]) == float(np.float16(best[0]))
+        assert float(refitted.scale[row, 0]) == float(stored(best[0]))
         residual = (best[0] * level - target[row].numpy()) @ root
-        rounding = (best[0] * 2**-11 * level) @ root
+        rounding = (best[0] * 2.0**-digits * level) @ root
         excess = float(found.loss[row]) - residual @ residual
         assert -1e-12 <= excess <= rounding @ rounding
     assert (refitted.scale != grid.scale).all()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_experiments.method import packing
-from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.grid import Grid, scale_groups, store_scale
 from mi_experiments.method.packing import pack, unpack
 from mi_experiments.method.pruning import Sparsity, choose_pruned
 from mi_experiments.method.storage import Storage, average_bits, count_storage, find_layout
@@ -16,18 +16,19 @@ from mi_experiments.method.storage import Storage, average_bits, count_storage, 
 DENSE, HALF = Sparsity(0.0), Sparsity(0.5)
 
 
-def random_grid(rows, bits, channel_group, group_size, generator, symmetric=False):
+def random_grid(rows, bits, channel_group, group_size, generator, symmetric=False, scale_bits=16):
     """Draw a grid as `fit_grid` would fit it: scale 1 and zero point 0 where unquantized."""
     shared = scale_groups(channel_group, group_size)
     width = torch.zeros(int(shared.max()) + 1, dtype=torch.int32)
     width[shared.long()] = bits.int()
     shape = (rows, len(width))
-    scale = (torch.rand(shape, generator=generator) + 0.1).half().float()
+    scale = store_scale(torch.rand(shape, generator=generator) + 0.1, scale_bits)
     zero = torch.randint(0, 2**16, shape, generator=generator).int() % 2**width
     if symmetric:
         zero = (2 ** (width - 1)).expand(shape).int()
     plain = width == 16
-    return Grid(bits, shared, scale.masked_fill(plain, 1.0), zero.masked_fill(plain, 0))
+    scale, zero = scale.masked_fill(plain, 1.0), zero.masked_fill(plain, 0)
+    return Grid(bits, shared, scale, zero, scale_bits)
 
 
 def random_linear(grid, sparsity, rows, columns, generator, dtype=torch.float16):
@@ -104,6 +105,14 @@ def test_a_symmetric_grid_stores_no_zero_points():
     assert counted == Storage(8, 24, 32, 0, 0, 4)
 
 
+def test_a_float32_scale_costs_thirty_two_bits():
+    one, generator = torch.zeros(4, dtype=torch.int64), torch.Generator().manual_seed(0)
+    bits = torch.full((4,), 3, dtype=torch.uint8)
+    grid = random_grid(2, bits, one, None, generator, scale_bits=32)
+    counted = count_storage(grid, torch.zeros(2, 4, dtype=torch.bool), DENSE, None)
+    assert counted == Storage(8, 24, 64, 6, 0, 4)
+
+
 def test_without_a_grid_the_weights_left_cost_sixteen_bits():
     pruned = half_pruned(2, 8)
     assert count_storage(None, pruned, HALF, None) == Storage(16, 8 * 16, 0, 0, 16, 0)
@@ -128,7 +137,8 @@ def linears(draw):
         width = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16])
         bits = torch.tensor(draw(st.lists(width, min_size=13, max_size=13)), dtype=torch.uint8)
         size = draw(st.none() | st.integers(1, 4))
-        grid = random_grid(rows, bits[group], group, size, generator, symmetric)
+        wide = draw(st.sampled_from([16, 32]))
+        grid = random_grid(rows, bits[group], group, size, generator, symmetric, wide)
     weight, codes, pruned = random_linear(grid, sparsity, rows, columns, generator, dtype)
     return weight, codes, pruned, grid, group, sparsity, symmetric, dtype
 
@@ -151,6 +161,7 @@ def assert_round_trip(linear):
     assert torch.equal(read.codes, codes.long())
     for name in ("bits", "scale_group", "scale", "zero_point"):
         assert torch.equal(getattr(read.grid, name), getattr(grid, name))
+    assert read.grid.scale_bits == grid.scale_bits
 
 
 @given(linears())

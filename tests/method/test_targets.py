@@ -5,7 +5,7 @@ import torch
 
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.hessian import HessianAccumulator, factorize
-from mi_experiments.method.targets import DriftAccumulator, correct_target
+from mi_experiments.method.targets import DriftAccumulator, choose_input_share, correct_target
 
 TOKENS, COLUMNS, ROWS = 400, 6, 4
 
@@ -94,3 +94,10 @@ def test_sums_in_float64_do_not_overflow_where_float32_would() -> None:
     moments = DriftAccumulator(COLUMNS, torch.device("cpu"), torch.float64)
     moments.update(torch.full((5, COLUMNS), 1e30), torch.full((5, COLUMNS), 2e30))
     assert torch.allclose(moments.finish().inputs, torch.full((1,), 2e60, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [(1, 0.5), (16 * 64, 0.5), (16 * 64 + 1, 1.0), (10**6, 1.0)]
+)
+def test_few_tokens_a_channel_correct_by_half(tokens: int, share: float) -> None:
+    assert choose_input_share(tokens, 64) == share
