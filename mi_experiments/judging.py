@@ -16,6 +16,15 @@ PLACES = ("model.path", "model.offline", "model.device", "dataset.path", "datase
 EXACT = ("model_files", "calibration", "evaluation", "numerics_version")
 """Fingerprints of a pinned run that must be equal anywhere."""
 
+MACHINE = ("versions", "device", "threads", "platform")
+"""Fingerprints that may differ, and then so may the last bits of what is computed."""
+
+FOLLOWS = {
+    "calibration": ("seed", "dataset.", "corpora."),
+    "evaluation": ("evaluation.", "corpora.", "dataset."),
+}
+"""Settings by which the hash of tokens changes, and so is no cause of its own."""
+
 SIGNATURE = 0.003
 """Share within which a value is taken for a known wrong one."""
 
@@ -34,6 +43,8 @@ class Judgement:
         verdict: PASS, FAIL, NOT RUN, or NO VERDICT where there is nothing to hold it to.
         why: diagnosis or reason.
         source: of the expected value.
+        mismatch: versions, hardware, numerics and bits in which the run is not the pinned one,
+            whatever the verdict.
     """
 
     row: str
@@ -45,6 +56,7 @@ class Judgement:
     verdict: str
     why: str
     source: str
+    mismatch: str = ""
 
 
 def judge(
@@ -58,25 +70,67 @@ def judge(
 ) -> list[Judgement]:
     """Judge every text that is expected or was measured, dense first."""
     prints = fingerprint_changes(expected.fingerprint, result)
-    exact = [line for line in prints if line.split(":")[0].split(".")[0] in EXACT]
+    causes = [*changes, *exact_changes(changes, prints)]
+    unexplained = unexplained_bits(causes, prints)
+    mismatch = "; ".join(
+        line
+        for line in prints
+        if kind_of(line) in (*MACHINE, "model_revision", "numerics_version", "compressed")
+    )
     judgements = []
     for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed)):
         found: Mapping[str, Evaluation] = getattr(result, phase) if result else {}
+        phase_causes = [*causes, *unexplained] if phase == "compressed" else causes
         for text in [*numbers.values, *(t for t in found if t not in numbers.values)] or ["-"]:
             ours = found[text].perplexity if text in found else None
             value = numbers.values.get(text)
-            verdict, why = decide(numbers, value, ours, [*changes, *exact])
+            verdict, why = decide(numbers, value, ours, phase_causes)
             if verdict == NOT_RUN:
                 why = unmeasured or (result.error or "" if result else "")
             if verdict == FAIL:
-                known = recognise(signatures, model, phase, text, ours)
-                why = "; ".join([why, *known, *(line for line in prints if line not in exact)])
+                why = "; ".join([why, *recognise(signatures, model, phase, text, ours)])
             source = ", ".join(part for part in (expected.source, numbers.where) if part)
             tolerance = None if value is None else value * numbers.tolerance
             judgements.append(
-                Judgement(row, phase, text, value, ours, tolerance, verdict, why, source)
+                Judgement(row, phase, text, value, ours, tolerance, verdict, why, source, mismatch)
             )
     return judgements
+
+
+def exact_changes(changes: Sequence[str], prints: Sequence[str]) -> list[str]:
+    """Say what a pinned run must have and this one has not, but for what follows from another.
+
+    Tokens follow from the settings of their text and from the tokenizer's files; a file may follow
+    from the revision of the model.
+    """
+    files = [line for line in prints if kind_of(line) == "model_files"]
+    tokenizer = any(".safetensors:" not in line for line in files)
+    followed = [
+        kind
+        for kind, settings in FOLLOWS.items()
+        if tokenizer or any(line.startswith(settings) for line in changes)
+    ]
+    kept = [line for line in prints if kind_of(line) in EXACT and kind_of(line) not in followed]
+    return kept + [line for line in prints if files and kind_of(line) == "model_revision"]
+
+
+def unexplained_bits(causes: Sequence[str], prints: Sequence[str]) -> list[str]:
+    """Say that the compressed blocks have other bits, where nothing that decides bits differs.
+
+    Bits are promised for the same inputs, versions, threads and hardware; elsewhere only numbers.
+    """
+    if causes or any(kind_of(line) in MACHINE for line in prints):
+        return []
+    return [
+        f"{line}, of the same inputs, versions, threads and hardware"
+        for line in prints
+        if kind_of(line) == "compressed"
+    ]
+
+
+def kind_of(line: str) -> str:
+    """Return the first name of what a line is about."""
+    return line.split(":")[0].split(".")[0]
 
 
 def decide(
@@ -121,7 +175,7 @@ def fingerprint(result: Result) -> dict[str, str]:
         "model_revision": str(provenance.model_revision),
         "calibration": str(provenance.calibration_sha256),
         **{f"evaluation.{name}": text.tokens_sha256 for name, text in result.dense.items()},
-        "compressed": str(result.compressed_sha256),
+        **({"compressed": result.compressed_sha256} if result.compressed_sha256 else {}),
         "numerics_version": str(provenance.numerics_version),
         **{f"versions.{name}": value for name, value in provenance.versions.items()},
         "device": provenance.device,
@@ -131,15 +185,19 @@ def fingerprint(result: Result) -> dict[str, str]:
 
 
 def fingerprint_changes(pinned: Mapping[str, str], result: Result | None) -> list[str]:
-    """Say in what a run differs from the one that was pinned."""
-    if not pinned or result is None:
+    """Say in what a run differs from the one that was pinned, as far as the run came."""
+    if not pinned or result is None or result.provenance is None:
         return []
     now = fingerprint(result)
-    return [
-        line
-        for key in sorted(pinned)
-        for line in differences({key: pinned[key]}, {key: now.get(key)})
-    ]
+    files = {key for key in now if kind_of(key) == "model_files"}
+    lines: list[str] = []
+    for key in sorted(pinned.keys() | files):
+        before, after = pinned.get(key), now.get(key)
+        if kind_of(key) in MACHINE and before != after:
+            lines.append(f"{key}: {before} → {after}")  # whole: they differ in their ends
+        elif key in now or kind_of(key) == "model_files":
+            lines += differences({key: before}, {key: after})
+    return lines
 
 
 def setting_changes(asked: Mapping[str, Any], ran: Mapping[str, Any]) -> list[str]:

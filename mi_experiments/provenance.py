@@ -4,9 +4,11 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def measure_provenance(
         commit=checkout_commit(),
         command=" ".join(scrub_argument(argument) for argument in arguments),
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        platform=f"{platform.platform()} {platform.processor()}".strip(),
+        platform=f"{platform.platform()}, {name_processor()}",
         device=name,
         threads=torch.get_num_threads(),
         seeds={
@@ -70,6 +72,15 @@ def measure_provenance(
         calibration_samples=len(calibration),
         calibration_bos=calibration_bos,
     )
+
+
+def name_processor() -> str:
+    """Name the processor and the instructions that torch uses of it, which decide last bits."""
+    name = platform.processor()
+    with suppress(OSError):  # where Linux says it; Python does not ask there
+        listed = Path("/proc/cpuinfo").read_text()
+        name = (re.findall(r"^model name\s*: (.+)$", listed, re.MULTILINE) or [name])[0]
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}".strip()
 
 
 def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -156,7 +156,7 @@ class Provenance:
         commit: of the checkout, with `+` where it had local changes; None without a checkout.
         command: the command line.
         started: UTC time, ISO 8601.
-        platform: operating system and processor.
+        platform: operating system, processor, and the vector instructions that are used of it.
         device: what the model ran on.
         threads: of the CPU mathematics.
         seeds: by purpose.

@@ -155,7 +155,13 @@ def judge_row(
             result, note = run_row(row, composed, run_dir, changes, signatures)
             if note.startswith("dense: "):
                 wrong[key] = row
-    return judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
+    judged = judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
+    if result is not None and result.status == "completed" and note:
+        return [
+            dataclasses.replace(each, mismatch="; ".join(filter(None, (each.mismatch, note))))
+            for each in judged
+        ]
+    return judged
 
 
 def all_changes(asked: Config, ran: Mapping[str, Any]) -> list[str]:
@@ -192,7 +198,7 @@ def run_row(
 
     with claim(run_dir, config) as finished, log_file(run_dir):
         if finished is not None:
-            return finished, ""
+            return finished, recall(config, finished, run_dir, changes)
         save_composition(composed, run_dir)
         try:
             with Tracker.open(config, run_dir, sweep_dir=None, job=run_dir.name) as tracker:
@@ -202,6 +208,18 @@ def run_row(
         except MiError as error:
             note = str(error)
     return read_result(run_dir), note
+
+
+def recall(config: Config, finished: Result, run_dir: Path, changes: list[str]) -> str:
+    """Add to the changes what a finished run had that has changed since; say if that is unknown."""
+    from mi_experiments.recalled import changed_inputs
+
+    try:
+        since = changed_inputs(config, finished)
+    except InputError as error:
+        return f"recalled from {run_dir}, and what it read is not at hand: {error}"
+    changes += [f"{line} since {run_dir} was run: remove it to run again" for line in since]
+    return ""
 
 
 def plan_table(rows: Sequence[str], overrides: Sequence[str]) -> Table:
@@ -226,7 +244,9 @@ def plan_table(rows: Sequence[str], overrides: Sequence[str]) -> Table:
     return table
 
 
-HEADINGS = ("row", "model", "text", "expected", "ours", "difference", "tolerance", "verdict")
+HEADINGS = (
+    "row", "model", "text", "expected", "ours", "difference", "tolerance", "verdict", "mismatch",
+)  # fmt: skip
 
 
 def cells(judgement: Judgement) -> tuple[str, ...]:
@@ -241,6 +261,7 @@ def cells(judgement: Judgement) -> tuple[str, ...]:
         "" if value is None or ours is None else f"{ours - value:+.4f}",
         "" if judgement.tolerance is None else f"{judgement.tolerance:.3g}",
         judgement.verdict,
+        judgement.mismatch,
     )
 
 

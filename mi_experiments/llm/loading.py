@@ -166,7 +166,7 @@ def open_model(
             f"model.dtype=float16 lacks the range of the bfloat16 checkpoint {path_or_id}; "
             "use model.dtype=bfloat16, or insist with model.allow_float16=true"
         )
-    tokenizer = _load_tokenizer(source.directory)
+    tokenizer = load_tokenizer(source.directory)
     model = _build(config, attention, "eager", stored if dtype == "auto" else DTYPES[dtype])
     weights = BlockWeights.open(model, files, place, blocks)
     if model.can_generate():
@@ -331,8 +331,12 @@ def _read_config(directory: Path, attention: str) -> PreTrainedConfig:
     return config
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model."""
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model.
+
+    Raises:
+        InputError: If the directory has none that can be used.
+    """
     try:
         return AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
