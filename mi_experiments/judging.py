@@ -20,10 +20,11 @@ MACHINE = ("versions", "device", "threads", "platform")
 """Fingerprints that may differ, and then so may the last bits of what is computed."""
 
 FOLLOWS = {
+    "model_files": ("model.revision",),
     "calibration": ("seed", "dataset.", "corpora."),
     "evaluation": ("evaluation.", "corpora.", "dataset."),
 }
-"""Settings by which the hash of tokens changes, and so is no cause of its own."""
+"""Settings by which a content hash changes, which then is no cause of its own."""
 
 SIGNATURE = 0.003
 """Share within which a value is taken for a known wrong one."""
@@ -104,14 +105,15 @@ def exact_changes(changes: Sequence[str], prints: Sequence[str]) -> list[str]:
     from the revision of the model.
     """
     files = [line for line in prints if kind_of(line) == "model_files"]
-    tokenizer = any(".safetensors:" not in line for line in files)
-    followed = [
+    followed = {
         kind
         for kind, settings in FOLLOWS.items()
-        if tokenizer or any(line.startswith(settings) for line in changes)
-    ]
-    kept = [line for line in prints if kind_of(line) in EXACT and kind_of(line) not in followed]
-    return kept + [line for line in prints if files and kind_of(line) == "model_revision"]
+        if any(line.startswith(settings) for line in changes)
+    }
+    if any(".safetensors:" not in line for line in files):
+        followed |= {"calibration", "evaluation"}
+    causes = [*EXACT, "model_revision"] if files and "model_files" not in followed else EXACT
+    return [line for line in prints if kind_of(line) in causes and kind_of(line) not in followed]
 
 
 def unexplained_bits(causes: Sequence[str], prints: Sequence[str]) -> list[str]:

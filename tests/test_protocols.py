@@ -240,7 +240,7 @@ def test_c4_is_drawn_from_rows_longer_than_a_window(
         # SparseGPT, and GPTQ's new loader. 14 tokens: randint(0, 9).
         ("ptb", " ", [6, 6, 0, 4, 8, 7], [1, 30, 31, 2, 32, 2, 33, 34, 35, 2, 36, 37, 38, 39]),
         # GPTQ's old one. 17 tokens: randint(0, 12).
-        ("ptb", "\n\n", [12, 6, 6, 0, 4, 8],
+        ("ptb", "\n\n", [6, 12, 6, 0, 4, 8],
          [1, 30, 31, 3, 3, 32, 3, 3, 33, 34, 35, 3, 3, 36, 37, 38, 39]),
     ],
 )  # fmt: skip

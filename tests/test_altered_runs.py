@@ -1,0 +1,314 @@
+"""A pinned run is run again with one thing changed; the verdict fails, and names that thing alone.
+
+Nothing is edited in a record: seeds, bits of weights, texts, protocols, revisions and versions are
+changed, the run is done, and `mi-reproduce` judges it against a row that `--pin` has written.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from command_line import SMALL
+from tiny_models import build_byte_tokenizer, build_tiny_model
+
+from mi_experiments import pipeline, provenance, recalled
+from mi_experiments.commands import reproduce, run
+from mi_experiments.embedded import MODEL_DIRECTORY
+from mi_experiments.judging import FAIL, NOT_RUN, PASS
+
+MAIN, OTHER, COPY = "a" * 40, "b" * 40, "c" * 40
+"""Commits of a tiny model in the hub's cache: its weights, others, and the first ones again."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What `mi-reproduce` said."""
+
+    code: int
+    verdicts: list[dict[str, Any]]
+    out: str
+
+    @property
+    def whys(self) -> list[str]:
+        """The diagnosis of every number that failed."""
+        return [each["why"] for each in self.verdicts if each["verdict"] == FAIL]
+
+
+def flip_lowest_bit(file: Path) -> None:
+    """Change the last weight of a file by its lowest bit; float32 is stored little-endian."""
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
+
+
+def write_text(file: Path, word: str = "word") -> Path:
+    lines = [" ".join(f"{i * (j + 3) % 997:x}" for j in range(40)) for i in range(40)]
+    lines[1] = f"{word} {lines[1]}"  # of the calibration; the last rows are held out for evaluation
+    file.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return file
+
+
+@pytest.fixture(scope="module")
+def pinned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run the embedded model and a tiny one of the hub's cache, and pin both runs.
+
+    The folder has `conf`, the configs with the two rows, `hub`, the cache, and `text.jsonl`.
+    """
+    root = tmp_path_factory.mktemp("pinned")
+    shutil.copytree(run.conf_directory(), root / "conf")
+    snapshots = root / "hub" / "models--org--tiny" / "snapshots"
+    build_tiny_model("llama", vocab_size=260).save_pretrained(snapshots / MAIN)
+    build_byte_tokenizer().save_pretrained(snapshots / MAIN)
+    for commit in (OTHER, COPY):
+        shutil.copytree(snapshots / MAIN, snapshots / commit)
+    flip_lowest_bit(snapshots / OTHER / "model.safetensors")
+    refs = snapshots.parent / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(MAIN)
+    text = write_text(root / "text.jsonl")
+    tiny = ["model=hub", "model.path=org/tiny", "model.name=tiny", "model.offline=true",
+            "model.seqlen=32", "dataset=text", f"dataset.path={text}"]  # fmt: skip
+    rows = {
+        "small": ["evaluation.datasets.embedded.max_windows=8"],
+        "branch": [*tiny, "evaluation.datasets.text.max_windows=4"],
+        "commit": [*tiny, f"model.revision={MAIN}", "evaluation.datasets.text.max_windows=4"],
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MI_EXPERIMENTS_CACHE", str(root / "cache"))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
+        patch.setattr(reproduce, "conf_directory", lambda: str(root / "conf"))
+        patch.chdir(root)
+        for name, overrides in rows.items():
+            words = ["mi-run", *SMALL, *overrides, f"hydra.run.dir={root / name}"]
+            patch.setattr(sys, "argv", words)
+            run.main()
+            reproduce.main(["--pin", str(root / name), name])
+        yield root
+
+
+@pytest.fixture
+def judged(
+    pinned: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Judged]:
+    """Run a pinned row with `mi-reproduce`, in an empty folder, and read its verdicts."""
+    monkeypatch.chdir(tmp_path)
+
+    def reproduced(row: str, *overrides: str) -> Judged:
+        capsys.readouterr()
+        code = 0
+        given = [f"pinned/{row}", "tracking=disabled", "reuse=false", *overrides]
+        try:
+            reproduce.main([*given, "--json", "verdicts.json", "--markdown", "verdicts.md"])
+        except SystemExit as left:
+            code = int(left.code or 0)
+        verdicts = json.loads(Path("verdicts.json").read_text())
+        for each in verdicts:
+            (line,) = [
+                line
+                for line in Path("verdicts.md").read_text().splitlines()
+                if line.startswith(f"| {each['row']} | {each['phase']} ")
+            ]
+            assert each["mismatch"] in line
+        return Judged(code, verdicts, capsys.readouterr().out)
+
+    return reproduced
+
+
+def test_the_same_is_the_same_to_the_last_bit(judged: Callable[..., Judged]) -> None:
+    for row in ("small", "branch"):
+        same = judged(row)
+        assert [each["verdict"] for each in same.verdicts] == [PASS, PASS]
+        assert [each["ours"] for each in same.verdicts] == [
+            each["expected"] for each in same.verdicts
+        ]
+        assert {each["mismatch"] for each in same.verdicts} == {""}
+        assert same.code == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "cause"),
+    [
+        ("seed=1", "dataset.seed: 0 → 1; n_groups.seed: 0 → 1; seed: 0 → 1"),
+        ("dataset.seed=1", "dataset.seed: 0 → 1"),
+        ("evaluation.datasets.embedded.seqlen=64", "evaluation.datasets.embedded.seqlen: 256 → 64"),
+        ("evaluation.datasets.embedded.add_bos=never",
+         "evaluation.datasets.embedded.add_bos: auto → never"),
+        ("evaluation.protocol=another", "evaluation.protocol: embedded → another"),
+        ("wbits.average=3.9", "wbits.average: 4.0 → 3.9"),
+    ],
+)  # fmt: skip
+def test_a_changed_setting_fails_by_its_name(
+    override: str, cause: str, judged: Callable[..., Judged]
+) -> None:
+    changed = judged("small", override)
+    assert changed.code == 5
+    assert changed.whys == [f"not the same: {cause}"] * 2
+    assert f"compressed embedded: not the same: {cause}\n" in changed.out
+
+
+def test_one_bit_of_the_weights_fails_before_anything_is_compressed(
+    judged: Callable[..., Judged], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(MODEL_DIRECTORY, copy)
+    moved = judged("small", f"model.path={copy}")
+    assert [each["verdict"] for each in moved.verdicts] == [PASS, PASS]  # another place, no more
+    flip_lowest_bit(copy / "model.safetensors")
+    # Of the embedded set itself: its row stops at the dense model.
+    for row in ("small", "embedded"):
+        changed = judged(row, f"model.path={copy}", f"hydra.run.dir=again-{row}")
+        dense, compressed = changed.verdicts
+        assert changed.code == 5
+        assert (dense["verdict"], compressed["verdict"]) == (FAIL, NOT_RUN)
+        assert dense["ours"] == pytest.approx(dense["expected"], rel=1e-5)  # the hash tells alone
+        (why,) = changed.whys
+        assert why.startswith("not the same: model_files.model.safetensors: 42739285d141… → ")
+        assert ";" not in why
+        assert compressed["why"].startswith("dense: embedded ")
+
+
+def test_a_bit_that_changes_after_the_run_is_seen_where_it_is_recalled(
+    judged: Callable[..., Judged], tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(MODEL_DIRECTORY, copy)
+    assert judged("small", f"model.path={copy}").code == 0
+    recalled_run = judged("small", f"model.path={copy}")
+    assert (recalled_run.code, recalled_run.verdicts[0]["mismatch"]) == (0, "")
+    flip_lowest_bit(copy / "model.safetensors")
+    changed = judged("small", f"model.path={copy}")
+    assert changed.code == 5
+    assert len(changed.whys) == 2
+    for why in changed.whys:
+        assert why.startswith("not the same: model_files.model.safetensors: 42739285d141… → ")
+        assert why.endswith(" was run: remove it to run again")
+    shutil.rmtree(copy)
+    gone = judged("small", f"model.path={copy}")
+    assert gone.code == 0
+    assert "what it read is not at hand" in gone.verdicts[0]["mismatch"]
+
+
+def test_another_revision_fails_by_its_name(judged: Callable[..., Judged]) -> None:
+    for commit in (OTHER, COPY):
+        changed = judged("commit", f"model.revision={commit}")
+        assert changed.code == 5
+        cause = f"model.revision: {MAIN} → {commit}"
+        assert set(changed.whys) == {f"not the same: {cause[:28]}… → {commit[:12]}…"}
+
+
+def test_a_branch_that_moved_fails_only_if_its_files_are_others(
+    judged: Callable[..., Judged], pinned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = tmp_path / "hub"
+    shutil.copytree(pinned / "hub", hub)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    main = hub / "models--org--tiny" / "refs" / "main"
+    main.write_text(COPY)
+    moved = judged("branch")
+    assert [each["verdict"] for each in moved.verdicts] == [PASS, PASS]
+    revision = "model_revision: aaaaaaaaaaaa… → cccccccccccc…"
+    assert {each["mismatch"] for each in moved.verdicts} == {revision}
+    main.write_text(OTHER)
+    changed = judged("branch", "hydra.run.dir=again")
+    assert changed.code == 5
+    (why,) = changed.whys
+    files, revision = why.removeprefix("not the same: ").split("; ")
+    assert files.startswith("model_files.model.safetensors: ")
+    assert revision == "model_revision: aaaaaaaaaaaa… → bbbbbbbbbbbb…"
+
+
+def test_another_calibration_text_of_the_same_name_fails_by_its_tokens(
+    judged: Callable[..., Judged], pinned: Path
+) -> None:
+    text = pinned / "text.jsonl"
+    before = text.read_text()
+    write_text(text, "other")
+    try:
+        changed = judged("branch")
+    finally:
+        text.write_text(before)
+    assert changed.code == 5
+    assert len(changed.whys) == 1  # the evaluation's share of the file is what it was
+    assert changed.whys[0].startswith("not the same: calibration: ")
+    assert ";" not in changed.whys[0]
+
+
+def test_other_numerics_fail_by_their_number(
+    judged: Callable[..., Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised = provenance.NUMERICS_VERSION + 1
+    for module in (provenance, recalled):
+        monkeypatch.setattr(module, "NUMERICS_VERSION", raised)
+    changed = judged("branch")
+    assert changed.code == 5
+    cause = f"numerics_version: {raised - 1} → {raised}"
+    assert set(changed.whys) == {f"not the same: {cause}"}
+    assert {each["mismatch"] for each in changed.verdicts} == {cause}
+
+
+# Bits that nothing explains: each solve sees weights that are larger by a millionth.
+
+
+@pytest.fixture
+def other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = pipeline.solve_linear
+
+    def solved(original: torch.Tensor, *rest: Any) -> Any:
+        return solve(original * (1 + 1e-6), *rest)
+
+    monkeypatch.setattr(pipeline, "solve_linear", solved)
+
+
+@pytest.mark.usefixtures("other_bits")
+def test_other_bits_of_the_same_machine_fail_though_the_numbers_are_near(
+    judged: Callable[..., Judged],
+) -> None:
+    changed = judged("small")
+    dense, compressed = changed.verdicts
+    assert (dense["verdict"], compressed["verdict"], changed.code) == (PASS, FAIL, 5)
+    assert abs(compressed["ours"] - compressed["expected"]) < compressed["tolerance"]
+    assert compressed["why"].startswith("not the same: compressed: ")
+    assert compressed["why"].endswith("of the same inputs, versions, threads and hardware")
+    assert ";" not in compressed["why"]
+
+
+@pytest.mark.usefixtures("other_bits")
+@pytest.mark.parametrize("what", ["threads", "versions.python", "platform"])
+def test_other_bits_of_another_machine_are_shown_beside_the_verdict(
+    what: str, judged: Callable[..., Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "threads":
+        monkeypatch.setattr(provenance.torch, "get_num_threads", lambda: 64)
+    elif what == "platform":
+        monkeypatch.setattr(provenance, "name_processor", lambda: "another one")
+    else:
+        monkeypatch.setattr(provenance.platform, "python_version", lambda: "3.99")
+    elsewhere = judged("small")
+    assert [each["verdict"] for each in elsewhere.verdicts] == [PASS, PASS]
+    for each in elsewhere.verdicts:
+        bits, differs = each["mismatch"].split("; ")
+        assert bits.startswith("compressed: ")
+        assert differs.startswith(f"{what}: ")
+        assert differs.endswith(("→ 64", "→ 3.99", "another one"))
+    assert what in elsewhere.out  # the table of the terminal
+
+
+def test_a_machine_that_differs_is_shown_beside_a_pass_to_the_last_bit(
+    judged: Callable[..., Judged], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "name_processor", lambda: "another one")
+    elsewhere = judged("branch")
+    assert [each["verdict"] for each in elsewhere.verdicts] == [PASS, PASS]
+    for each in elsewhere.verdicts:
+        assert each["mismatch"].startswith("platform: ")
+        assert ";" not in each["mismatch"]
