@@ -1,8 +1,8 @@
 """Real texts and tokenizers, where they are at hand: the counts that others have published.
 
 Texts and models are looked for in a folder `shared` beside the checkout or above it; tokenizers of
-published models in the folder that `MI_EXPERIMENTS_TOKENIZERS` names (`gpt2/`, `llama2_7b/`, each as
-the hub has it), else in the Hugging Face cache. What is absent is skipped by its name.
+published models in the folder that `MI_EXPERIMENTS_TOKENIZERS` names (`gpt2`, `llama2_7b`, with the
+files of the hub), else in the Hugging Face cache. What is absent is skipped by its name.
 """
 
 import os
