@@ -56,6 +56,7 @@ class DatasetConfig:
         require("dataset.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
         require("dataset.batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
         require("dataset.holdout", self.holdout, 0 < self.holdout < 1, "between 0 and 1")
+        check_separator("dataset.separator", self.separator)
 
 
 @dataclass
@@ -81,6 +82,7 @@ class CorpusConfig:
             count = getattr(self, key)
             fits = count is None or count >= 1
             require(f"evaluation.datasets.*.{key}", count, fits, "at least 1, or null for all")
+        check_separator("evaluation.datasets.*.separator", self.separator)
         drawn = self.windows is Windows.sampled
         counted = not drawn or self.max_windows is not None
         key = "evaluation.datasets.*.max_windows"
@@ -101,6 +103,12 @@ class EvaluationConfig:
         require("evaluation.datasets", self.datasets, bool(self.datasets), "at least one text")
         require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
         require("evaluation.logits_chunk", self.logits_chunk, self.logits_chunk >= 1, "at least 1")
+
+
+def check_separator(key: str, separator: str | None) -> None:
+    """Refuse a line break that arrives as a backslash and a letter, as most quotes leave it."""
+    allowed = "text without a backslash; a shell writes a line break as $'\"\\n\"'"
+    require(key, separator, "\\" not in (separator or ""), allowed)
 
 
 def check_texts(

@@ -50,6 +50,8 @@ def build_tokenizer(*, adds_bos: bool = True) -> PreTrainedTokenizerFast:
 TOKENIZER = build_tokenizer()
 BARE = build_tokenizer(adds_bos=False)
 
+# With BOS 4, 9, 5 and 7 tokens: the first is not longer than a window.
+LONG = ["60-61-62", "70-71-72-73-74-75-76-77", "80-81-82-83", "90-91-92-93-94-95"]
 ROWS = {
     ("wikitext2", "train"): ["10-11-12", "", "13-14", "15-16-17"],
     ("wikitext2", "validation"): ["18"],
@@ -57,8 +59,7 @@ ROWS = {
     ("ptb", "train"): ["30-31", "32", "33-34-35", "36-37-38-39"],
     ("ptb", "validation"): ["40", "41-42", "43"],
     ("ptb", "test"): ["50-51", "52", "53-54-55"],
-    # With BOS 4, 9, 5 and 7 tokens: the first is not longer than a window.
-    ("c4", "train"): ["60-61-62", "70-71-72-73-74-75-76-77", "80-81-82-83", "90-91-92-93-94-95"],
+    ("c4", "train"): LONG,
     # The last row is beyond the first 1,100, which are read.
     ("c4", "validation"): [*(str(100 + i) for i in range(1100)), "9-9-9-9-9-9-9-9"],
 }
@@ -121,7 +122,7 @@ def ids(windows: Sequence[Tensor]) -> list[list[int]]:
 def test_wikitext2_is_its_test_rows_with_a_blank_line_between(
     protocol: str, tmp_path: Path
 ) -> None:
-    text = evaluated(tmp_path, f"evaluation={protocol}")["wikitext2"]
+    text = evaluated(tmp_path, f"evaluation={protocol}", c4_validation=LONG)["wikitext2"]
     # "" ⏎⏎ 20 21 ⏎⏎ "" ⏎⏎ 22 23 24 ⏎⏎ "": BOS and 13 tokens, of which the last two fill no window.
     assert ids(text.windows) == [[1, 3, 3, 20], [21, 3, 3, 3], [3, 22, 23, 24]]
     assert (text.cut, text.dropped_tokens, text.bos) == ("joined", 2, True)
@@ -135,7 +136,7 @@ def test_the_new_ptb_is_the_test_part_with_spaces(tmp_path: Path) -> None:
 
 
 def test_the_old_ptb_is_the_validation_part_with_blank_lines(tmp_path: Path) -> None:
-    text = evaluated(tmp_path, "evaluation=gptq_old")["ptb"]
+    text = evaluated(tmp_path, "evaluation=gptq_old", c4_validation=LONG)["ptb"]
     # 40 ⏎⏎ 41 42 ⏎⏎ 43: BOS and 8 tokens, one left over.
     assert ids(text.windows) == [[1, 40, 3, 3], [41, 42, 3, 3]]
     assert text.dropped_tokens == 1
@@ -151,7 +152,7 @@ def test_the_new_c4_is_256_windows_of_the_first_1100_rows_with_spaces(tmp_path: 
 
 
 def test_where_1100_rows_fill_fewer_windows_they_are_all_there_is(tmp_path: Path) -> None:
-    text = evaluated(tmp_path, "evaluation=sparsegpt", "model.seqlen=16")["c4"]
+    text = evaluated(tmp_path, "evaluation=c4", "model.seqlen=16")["c4"]
     # 2,200 = 137 · 16 + 8; window 137 has places 2176 to 2191. Nothing of row 1,101, the nines.
     assert len(text.windows) == 137
     assert text.windows[-1].tolist()[1::2] == [*range(1188, 1196)]
@@ -161,13 +162,13 @@ def test_where_1100_rows_fill_fewer_windows_they_are_all_there_is(tmp_path: Path
 
 def test_the_old_c4_is_windows_of_single_rows_drawn_with_seed_0(tmp_path: Path) -> None:
     given = ["evaluation=gptq_old", "seed=7"]
-    text = evaluated(tmp_path, *given, c4_validation=ROWS["c4", "train"])["c4"]
+    text = evaluated(tmp_path, *given, c4_validation=LONG)["c4"]
     # random.seed(0), randint(0, 3) for the row and, if it has more than 4 tokens, randint(0, n - 5)
     # for the start: row 3 at 1; row 0 is short; row 2 at 0; row 3 at 1; row 3 at 1; row 1 at 4.
     assert ids(text.windows[:5]) == [
         [90, 91, 92, 93], [1, 80, 81, 82], [90, 91, 92, 93], [90, 91, 92, 93], [73, 74, 75, 76],
     ]  # fmt: skip
-    assert ids(text.windows) == drawn(ROWS["c4", "train"], 256, seed=0)
+    assert ids(text.windows) == drawn(LONG, 256, seed=0)
     assert (text.cut, len(text.windows)) == ("sampled", 256)
 
 
@@ -225,7 +226,7 @@ def test_c4_is_drawn_from_rows_longer_than_a_window(
 ) -> None:
     assert calibrated(tmp_path, "dataset=c4", f"seed={seed}") == expected
     many = calibrated(tmp_path, "dataset=c4", f"seed={seed}", "dataset.nsamples=200")
-    assert many == drawn(ROWS["c4", "train"], 200, seed)
+    assert many == drawn(LONG, 200, seed)
     assert all(60 not in window for window in many)
 
 
@@ -248,13 +249,20 @@ def test_running_text_is_cut_at_starts_of_pythons_generator(
     corpus: str, separator: str, starts: list[int], text: list[int], tmp_path: Path
 ) -> None:
     given = [f"dataset={corpus}"]
-    given += [] if separator == " " else ['dataset.separator="\\n\\n"']
+    given += [] if separator == " " else ['dataset.separator="\n\n"']
     assert calibrated(tmp_path, *given) == [text[start : start + 4] for start in starts]
     # The last possible start is excluded, so the last token is never seen.
     many = calibrated(tmp_path, *given, "dataset.nsamples=300")
     assert {tuple(window) for window in many} == {
         tuple(text[start : start + 4]) for start in range(len(text) - 4)
     }
+
+
+def test_a_line_break_that_the_shell_left_as_two_letters_is_refused() -> None:
+    with pytest.raises(InputError, match=r"dataset\.separator=.* is not allowed: .*line break"):
+        configure("dataset=wikitext2", 'dataset.separator="\\n\\n"')
+    with pytest.raises(InputError, match=r"evaluation\.datasets\.\*\.separator=.*line break"):
+        configure("evaluation=ptb", 'evaluation.datasets.ptb.separator="\\n\\n"')
 
 
 def test_a_row_of_one_token_more_than_a_window_gives_its_beginning(tmp_path: Path) -> None:
@@ -265,13 +273,12 @@ def test_a_row_of_one_token_more_than_a_window_gives_its_beginning(tmp_path: Pat
 
 
 def test_the_seed_of_the_run_draws_calibration_and_no_evaluation(tmp_path: Path) -> None:
-    rows = ROWS["c4", "train"]
     seeds = [calibrated(tmp_path, "dataset=c4", f"seed={seed}") for seed in (0, 1)]
     assert seeds[0] != seeds[1]
     assert calibrated(tmp_path, "dataset=c4", "seed=1", "dataset.seed=0") == seeds[0]
     for seed in (0, 1):
-        text = evaluated(tmp_path, "evaluation=gptq_old", f"seed={seed}", c4_validation=rows)["c4"]
-        assert ids(text.windows) == drawn(rows, 256, seed=0)
+        text = evaluated(tmp_path, "evaluation=gptq_old", f"seed={seed}", c4_validation=LONG)["c4"]
+        assert ids(text.windows) == drawn(LONG, 256, seed=0)
 
 
 # The beginning token
