@@ -67,17 +67,27 @@ def judge(
     result: Result | None,
     changes: Sequence[str],
     signatures: Sequence[Mapping[str, Any]],
-    unmeasured: str = "",
+    note: str = "",
 ) -> list[Judgement]:
-    """Judge every text that is expected or was measured, dense first."""
+    """Judge every text that is expected or was measured, dense first.
+
+    Args:
+        row: of the table.
+        model: name by which signatures know it.
+        expected: of the row.
+        result: of its run; None if there is none.
+        changes: in what the run is not the row's.
+        signatures: known wrong numbers.
+        note: why there is no number, or what is not known of a run that is complete.
+    """
     prints = fingerprint_changes(expected.fingerprint, result)
     causes = [*changes, *exact_changes(changes, prints)]
     unexplained = unexplained_bits(causes, prints)
-    mismatch = "; ".join(
-        line
-        for line in prints
-        if kind_of(line) in (*MACHINE, "model_revision", "numerics_version", "compressed")
-    )
+    shown = (*MACHINE, "model_revision", "numerics_version", "compressed")
+    mismatches = [line for line in prints if kind_of(line) in shown]
+    if result is not None and result.status == "completed" and note:
+        mismatches.append(note)
+    mismatch = "; ".join(mismatches)
     judgements = []
     for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed)):
         found: Mapping[str, Evaluation] = getattr(result, phase) if result else {}
@@ -87,7 +97,7 @@ def judge(
             value = numbers.values.get(text)
             verdict, why = decide(numbers, value, ours, phase_causes)
             if verdict == NOT_RUN:
-                why = unmeasured or (result.error or "" if result else "")
+                why = note or (result.error or "" if result else "")
             if verdict == FAIL:
                 why = "; ".join([why, *recognise(signatures, model, phase, text, ours)])
             source = ", ".join(part for part in (expected.source, numbers.where) if part)

@@ -39,6 +39,9 @@ INCIDENTAL = (
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
+PROCESSOR = ("model name", "cpu family", "model")
+"""Of the first processor that Linux lists."""
+
 
 def measure_provenance(
     config: Config,
@@ -78,8 +81,10 @@ def name_processor() -> str:
     """Name the processor and the instructions that torch uses of it, which decide last bits."""
     name = platform.processor()
     with suppress(OSError):  # where Linux says it; Python does not ask there
-        listed = Path("/proc/cpuinfo").read_text()
-        name = (re.findall(r"^model name\s*: (.+)$", listed, re.MULTILINE) or [name])[0]
+        listed = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        found = dict(re.findall(rf"^({'|'.join(PROCESSOR)})\s*: (.+)$", listed, re.MULTILINE))
+        # Virtual machines often tell no more than the maker: the numbers tell the generation.
+        name = " ".join(found[key] for key in PROCESSOR if key in found) or name
     return f"{name} {torch.backends.cpu.get_cpu_capability()}".strip()
 
 

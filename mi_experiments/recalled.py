@@ -1,11 +1,12 @@
 """Is a finished run still the run of what it read: the same files, texts and numerics."""
 
 import dataclasses
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mi_experiments.config import Config
 from mi_experiments.embedded import find_model
+from mi_experiments.errors import InputError
 from mi_experiments.llm.loading import content_hash, load_tokenizer, locate_model
 from mi_experiments.llm.windows import token_hash
 from mi_experiments.provenance import NUMERICS_VERSION
@@ -14,27 +15,35 @@ from mi_experiments.resume import differences
 from mi_experiments.texts import calibration_sequences, evaluation_texts
 
 
-def changed_inputs(config: Config, result: Result) -> list[str]:
-    """Say which files of the model, tokens or numerics are not those that a finished run had.
+def changed_since(config: Config, finished: Result, run_dir: Path) -> tuple[list[str], str]:
+    """Say in what a finished run would read something else now, or that this is not known.
 
-    Nothing is downloaded.
+    Args:
+        config: of the run.
+        finished: its record.
+        run_dir: where that is.
 
-    Raises:
-        InputError: the model or a text is not at hand.
+    Returns:
+        A line a file of the model, text, or change of numerics; and a note where the model or a
+        text is not at hand. Nothing is downloaded.
     """
-    assert result.provenance is not None
-    evaluated = {name: text.tokens_sha256 for name, text in result.dense.items()}
+    assert finished.provenance is not None
     read = {
-        "model_files": result.provenance.model_files,
-        "calibration": result.provenance.calibration_sha256,
-        "evaluation": evaluated,
-        "numerics_version": result.provenance.numerics_version,
+        "model_files": finished.provenance.model_files,
+        "calibration": finished.provenance.calibration_sha256,
+        "evaluation": {name: text.tokens_sha256 for name, text in finished.dense.items()},
+        "numerics_version": finished.provenance.numerics_version,
     }
-    return list(differences(read, read_now(config)))
+    try:
+        now = read_now(config)
+    except InputError as error:
+        return [], f"recalled from {run_dir}, and what it read is not at hand: {error}"
+    changed = differences(read, now)
+    return [f"{line} since {run_dir} was run: remove it to run again" for line in changed], ""
 
 
-def read_now(config: Config) -> Mapping[str, Any]:
-    """Return the content hashes of what the same run would read now."""
+def read_now(config: Config) -> dict[str, Any]:
+    """Return the content hashes of what the same run would read now, without a network."""
     offline = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, offline=True))
     source = locate_model(
         find_model(config.model.path), revision=config.model.revision, offline=True

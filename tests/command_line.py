@@ -1,5 +1,8 @@
 """How a command typed by a test ended, and what small runs are asked."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,3 +22,13 @@ class Ended(NamedTuple):
 
 def run_directories(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob("result.json"))
+
+
+def mi_reproduce(directory: Path, *arguments: str) -> Ended:
+    """Run `mi-reproduce` as a process of its own, without the checks that slow tests down."""
+    program = "from mi_experiments.commands.reproduce import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=directory, env=os.environ, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return Ended(done.returncode, done.stdout, done.stderr)

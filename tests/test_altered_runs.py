@@ -15,7 +15,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from command_line import SMALL
+from command_line import SMALL, mi_reproduce
 from tiny_models import build_byte_tokenizer, build_tiny_model
 
 from mi_experiments import pipeline, provenance, recalled
@@ -158,20 +158,56 @@ def test_a_changed_setting_fails_by_its_name(
 
 
 def test_one_bit_of_the_embedded_weights_fails_before_anything_is_compressed(
-    judged: Callable[..., Judged], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(MODEL_DIRECTORY, copy)
     flip_lowest_bit(copy / "model.safetensors")
-    changed = judged("embedded", f"model.path={copy}")
-    dense, compressed = changed.verdicts
-    assert changed.code == 5
+    ended = mi_reproduce(
+        tmp_path, "pinned/embedded", "tracking=disabled", "model.path=copy", "--json", "v.json"
+    )
+    dense, compressed = json.loads((tmp_path / "v.json").read_text())
+    assert ended.code == 5
     assert (dense["verdict"], compressed["verdict"]) == (FAIL, NOT_RUN)
     assert dense["ours"] == pytest.approx(dense["expected"], rel=1e-5)  # the hash tells alone
-    (why,) = changed.whys
-    assert why.startswith("not the same: model_files.model.safetensors: 42739285d141… → ")
-    assert ";" not in why
+    assert dense["why"].startswith("not the same: model_files.model.safetensors: 42739285d141… → ")
+    assert ";" not in dense["why"]
     assert compressed["why"].startswith("dense: embedded ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "cause"),
+    [
+        ("dataset.seed=1", "dataset.seed: 0 → 1"),
+        ("evaluation.datasets.embedded.seqlen=128",
+         "evaluation.datasets.embedded.seqlen: 256 → 128"),
+    ],
+)  # fmt: skip
+def test_the_embedded_set_with_one_thing_changed_fails_by_its_name(
+    override: str, cause: str, tmp_path: Path
+) -> None:
+    given = ["pinned/embedded", "tracking=disabled", override, "--json", "v.json"]
+    assert mi_reproduce(tmp_path, *given).code == 5
+    verdicts = json.loads((tmp_path / "v.json").read_text())
+    assert [each["verdict"] for each in verdicts] == [FAIL, FAIL]
+    assert {each["why"] for each in verdicts} == {f"not the same: {cause}"}
+    assert all(each["ours"] is not None for each in verdicts)
+
+
+def test_a_run_that_was_begun_with_another_bit_is_no_run_of_the_row(
+    judged: Callable[..., Judged], pinned: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pinned / "hub" / "models--org--tiny" / "snapshots" / OTHER, copy)
+    moved = ["commit", f"model.path={copy}", "model.revision=null"]
+    assert judged(*moved).code == 5
+    flip_lowest_bit(copy / "model.safetensors")  # back
+    refused = judged(*moved)
+    assert [each["verdict"] for each in refused.verdicts] == [NOT_RUN, NOT_RUN]
+    assert "was begun with something else: model_files.model.safetensors: " in refused.out
+    shutil.rmtree("outputs")
+    assert judged(*moved).code == 0
 
 
 def test_a_bit_that_changes_after_the_run_is_seen_where_it_is_recalled(

@@ -29,12 +29,12 @@ from mi_experiments.composing import explain, from_hydra
 from mi_experiments.config import Config
 from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
-from mi_experiments.judging import FAIL, PLACES, Judgement, judge, setting_changes
+from mi_experiments.judging import FAIL, NOT_RUN, PLACES, Judgement, judge, setting_changes
 from mi_experiments.memory_plan import MemoryPlan, show
 from mi_experiments.pinning import pin
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import asked_config, without_incidental
-from mi_experiments.record import Evaluation, Result, read_result
+from mi_experiments.record import RESULT, Evaluation, Result, read_result
 
 PROGRAM = "mi-reproduce"
 
@@ -103,7 +103,7 @@ def reproduce(options: argparse.Namespace) -> None:
         write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
     failed = sum(judgement.verdict == FAIL for judgement in judgements)
     for judgement in judgements:
-        if judgement.verdict == FAIL:
+        if judgement.verdict in (FAIL, NOT_RUN) and judgement.why:
             print(f"{judgement.row} {judgement.phase} {judgement.text}: {judgement.why}")
     if failed:
         raise VerdictError(f"{failed} of {len(judgements)} numbers are not as expected")
@@ -155,13 +155,7 @@ def judge_row(
             result, note = run_row(row, composed, run_dir, changes, signatures)
             if note.startswith("dense: "):
                 wrong[key] = row
-    judged = judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
-    if result is not None and result.status == "completed" and note:
-        return [
-            dataclasses.replace(each, mismatch="; ".join(filter(None, (each.mismatch, note))))
-            for each in judged
-        ]
-    return judged
+    return judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
 
 
 def all_changes(asked: Config, ran: Mapping[str, Any]) -> list[str]:
@@ -179,6 +173,7 @@ def run_row(
 ) -> tuple[Result | None, str]:
     """Run a row, or continue or recall it; a wrong dense model ends it before it is compressed."""
     from mi_experiments.experiment import run_experiment
+    from mi_experiments.recalled import changed_since
     from mi_experiments.tracking import Tracker
 
     config = from_hydra(composed)
@@ -201,7 +196,10 @@ def run_row(
 
     with claim(run_dir, config) as finished, log_file(run_dir):
         if finished is not None:
-            return finished, recall(config, finished, run_dir, changes)
+            since, note = changed_since(config, finished, run_dir)
+            changes += since
+            return finished, note
+        earlier = recorded_bytes(run_dir)
         save_composition(composed, run_dir)
         try:
             with Tracker.open(config, run_dir, sweep_dir=None, job=run_dir.name) as tracker:
@@ -210,19 +208,15 @@ def run_row(
             raise
         except MiError as error:
             note = str(error)
-    return read_result(run_dir), note
+    # A directory that refused the run has the record of what was begun there.
+    refused = earlier is not None and earlier == recorded_bytes(run_dir)
+    return None if refused else read_result(run_dir), note
 
 
-def recall(config: Config, finished: Result, run_dir: Path, changes: list[str]) -> str:
-    """Add to the changes what a finished run had that has changed since; say if that is unknown."""
-    from mi_experiments.recalled import changed_inputs
-
-    try:
-        since = changed_inputs(config, finished)
-    except InputError as error:
-        return f"recalled from {run_dir}, and what it read is not at hand: {error}"
-    changes += [f"{line} since {run_dir} was run: remove it to run again" for line in since]
-    return ""
+def recorded_bytes(run_dir: Path) -> bytes | None:
+    """Return the record of a run as it stands; None if there is none."""
+    path = run_dir / RESULT
+    return path.read_bytes() if path.is_file() else None
 
 
 def plan_table(rows: Sequence[str], overrides: Sequence[str]) -> Table:
