@@ -234,6 +234,41 @@ def test_a_bit_that_changes_after_the_run_is_seen_where_it_is_recalled(
     assert "what it read is not at hand" in gone.verdicts[0]["mismatch"]
 
 
+def without_beginning(copy: Path) -> None:
+    """Let the tokenizer begin no text any more: all tokens change, and follow from this file."""
+    state = json.loads((copy / "tokenizer.json").read_text())
+    state["post_processor"] = None
+    (copy / "tokenizer.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        (without_beginning, "tokenizer.json"),
+        (lambda copy: (copy / "extra.json").write_text("{}"), "extra.json"),
+        (lambda copy: (copy / "generation_config.json").unlink(), "generation_config.json"),
+    ],
+    ids=["changed", "added", "removed"],
+)
+def test_another_file_of_the_model_fails_by_its_name(
+    change: Callable[[Path], None],
+    file: str,
+    judged: Callable[..., Judged],
+    pinned: Path,
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pinned / "hub" / "models--org--tiny" / "snapshots" / MAIN, copy)
+    change(copy)
+    changed = judged("commit", f"model.path={copy}", "model.revision=null")
+    assert changed.code == 5
+    (why,) = changed.whys
+    why, _, revision = why.partition("; model_revision: ")
+    assert why.startswith(f"not the same: model_files.{file}: ")
+    assert ";" not in why
+    assert revision == f"{MAIN} → None"
+
+
 def test_another_revision_fails_by_its_name(judged: Callable[..., Judged]) -> None:
     for commit in (OTHER, COPY):
         changed = judged("commit", f"model.revision={commit}")
