@@ -2,7 +2,8 @@
 
 Texts and models are looked for in a folder `shared` beside the checkout or above it; tokenizers of
 published models in the folder that `MI_EXPERIMENTS_TOKENIZERS` names (`gpt2`, `llama2_7b`, with the
-files of the hub), else in the Hugging Face cache. What is absent is skipped by its name.
+files of the hub) or in `shared/tokenizers`, else in the Hugging Face cache. What is absent is
+skipped by its name.
 """
 
 import os
@@ -32,24 +33,33 @@ ROWS, BYTES, WORDS = 4358, 1_305_088, 245_569
 C4 = "c4/c4-en-train-00000-first-1000-documents.jsonl"
 
 
+def find(name: str) -> Path | None:
+    """Return a file or folder of `shared`, where it is at hand."""
+    folders = (folder / "shared" / name for folder in Path(__file__).resolve().parents)
+    return next((folder for folder in folders if folder.exists()), None)
+
+
 def at_hand(name: str) -> Path:
     """Return a file or folder of `shared`, or skip."""
-    for folder in Path(__file__).resolve().parents:
-        if (found := folder / "shared" / name).exists():
-            return found
-    pytest.skip(f"no shared/{name} beside this checkout")
+    return find(name) or pytest.skip(f"no shared/{name} beside this checkout")
 
 
 def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a published model, or skip."""
-    folder = Path(os.environ.get("MI_EXPERIMENTS_TOKENIZERS", "tokenizers")) / model
     named = configure(f"model={model}").model
-    options = {} if folder.is_dir() else {"revision": named.revision}
-    place = str(folder) if folder.is_dir() else named.path
+    given = os.environ.get("MI_EXPERIMENTS_TOKENIZERS")
+    folder = Path(given) / model if given else find(f"tokenizers/{model}")
     try:
-        return AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
+        if folder is not None:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            named.path, revision=named.revision, local_files_only=True
+        )
     except OSError:
-        pytest.skip(f"the tokenizer {named.path} is in no cache, nor in MI_EXPERIMENTS_TOKENIZERS")
+        pytest.skip(
+            f"the tokenizer of {named.path} is neither in MI_EXPERIMENTS_TOKENIZERS/{model} nor in "
+            f"shared/tokenizers/{model} nor in the Hugging Face cache"
+        )
 
 
 def configure(*overrides: str) -> Config:
