@@ -106,15 +106,15 @@ def sentences(corpus: str, split: str, lengths: Sequence[int]) -> list[str]:
 def corpus_rows(corpus: str, split: str) -> list[str]:
     """Return the rows of a constructed corpus, laid out as those of the published one."""
     if corpus == "wikitext2":  # headings and blank rows are rows
-        text = sentences(corpus, split, [60 + 7 * (i % 31) for i in range(250)])
+        text = sentences(corpus, split, [60 + 7 * (i % 31) for i in range(120)])
         headed = [("", f" = {body[:12]} = \n" if i % 5 == 0 else "", f" {body} \n")
                   for i, body in enumerate(text)]  # fmt: skip
         return [row for rows in headed for row in rows]
     if corpus == "ptb":
-        return sentences(corpus, split, [40 + i % 90 for i in range(300)])
+        return sentences(corpus, split, [40 + i % 90 for i in range(100)])
     if split == "train":  # short documents among long ones
         return sentences(corpus, split, [40 + 131 * (i % 37) for i in range(80)])
-    return sentences(corpus, split, [100 + i % 800 for i in range(1200)])
+    return sentences(corpus, split, [60 + i % 97 for i in range(1200)])
 
 
 def save_corpora(root: Path, corpora: Any) -> list[str]:

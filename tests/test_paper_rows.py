@@ -206,9 +206,9 @@ def run_dir_of(row: str, arguments: list[str]) -> Path:
 
 
 EVERY_KIND = {
-    "papers/sparsegpt": ("opt_125m_50", "opt_350m_50_w4", "opt_2_7b_2_4", "opt_125m_dense"),
+    "papers/sparsegpt": ("opt_125m_50", "opt_350m_50_w4", "opt_125m_dense"),
     "papers/gptq": ("opt_125m_w3", "llama_7b_w4_g128"),
-    "papers/wanda": ("llama2_7b_4_8",),
+    "papers/wanda": ("llama2_7b_2_4",),
     "papers/besa": ("llama_7b_50",),
     "papers/slim_llm": ("llama_7b_w3_g128", "llama2_7b_w2_g128_gptq"),
     "papers/obr": ("llama2_7b_50_w4",),

@@ -168,11 +168,10 @@ def compose_row(row: str, overrides: Sequence[str]) -> DictConfig:
 def all_overrides(row: str, options: argparse.Namespace) -> list[str]:
     """Return what the command line changes of a row: its overrides, and those of a rehearsal."""
     overrides = list(options.overrides)
-    if options.model:
-        name = from_hydra(compose_row(row, overrides)).model.name
-        overrides += substitute(options.model, name)
-    if options.short:
-        overrides += shorten(from_hydra(compose_row(row, overrides)), read_conf("rehearsal"))
+    if options.model or options.short:
+        config = from_hydra(compose_row(row, overrides))
+        overrides += substitute(options.model, config.model.name) if options.model else []
+        overrides += shorten(config, read_conf("rehearsal")) if options.short else []
     return overrides
 
 

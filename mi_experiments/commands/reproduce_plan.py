@@ -31,7 +31,9 @@ class Job:
         row: of the table.
         run_dir: where it is recorded; rows that are the same run share it.
         model: path and revision.
-        downloads: bytes by name, 0 where it is on this machine, None where the size is not known.
+        texts: the corpora that it reads.
+        downloads: bytes of the model and of every file of the texts, by name; 0 where it is on this
+            machine, None where the size is not known.
         memory: of an accelerator of 80 GiB, or why that is not known.
         hours: estimated; None where the shapes of the model are not known.
     """
@@ -39,6 +41,7 @@ class Job:
     row: str
     run_dir: str
     model: str
+    texts: Sequence[str]
     downloads: Mapping[str, float | None]
     memory: str
     hours: float | None
@@ -60,7 +63,9 @@ def plan_job(row: str, run_dir: str, config: Config, shapes: Shapes, rates: Rate
     except InputError as error:
         memory = f"unknown: {error}"
     downloads: dict[str, float | None] = {model: 0.0 if is_here(config) else size}
-    return Job(row, run_dir, model, downloads | text_files(config, rates), memory, hours)
+    read = {config.dataset.corpus, *(t.corpus for t in config.evaluation.datasets.values())}
+    downloads |= text_files(config, rates)
+    return Job(row, run_dir, model, sorted(read), downloads, memory, hours)
 
 
 @contextmanager
@@ -110,7 +115,7 @@ def text_files(config: Config, rates: Rates) -> dict[str, float | None]:
 def plan_table(jobs: Sequence[Job]) -> Table:
     """Return the plan for the terminal; a row that is the same run as an earlier one says so."""
     table = Table(title="what a reproduction would do", title_justify="left")
-    for heading in ("row", "model", "texts", "download", "memory", "hours (estimate)"):
+    for heading in ("row", "model", "texts", "download", f"of {ROOM}", "hours (estimate)"):
         table.add_column(heading, overflow="fold")
     first: dict[str, Job] = {}
     for job in jobs:
@@ -118,8 +123,8 @@ def plan_table(jobs: Sequence[Job]) -> Table:
         hours = "unknown" if job.hours is None else f"{job.hours:.2f}"
         if same is not job:
             hours = f"none: the run of {same.row.rpartition('/')[2]}"
-        texts = "\n".join(name for name in job.downloads if name != job.model)
-        table.add_row(job.row, job.model, texts, amount([job.downloads]), job.memory, hours)
+        download = amount([job.downloads])
+        table.add_row(job.row, job.model, ", ".join(job.texts), download, job.memory, hours)
     return table
 
 
@@ -129,8 +134,11 @@ def summary(jobs: Sequence[Job], rates: Rates) -> str:
     known = [job.hours for job in runs.values() if job.hours is not None]
     hidden = f", and {len(runs) - len(known)} unknown" if len(known) < len(runs) else ""
     share = f"{rates['tensor_share']:.0%} of {rates['tensor_flops'] / 1e12:g} Tflop/s"
+    models = {job.model for job in jobs}
+    files = {name: job.downloads for job in jobs for name in job.downloads if name not in models}
+    texts = "".join(f"{name}: {amount([{name: files[name][name]}])}\n" for name in sorted(files))
     single = f"{rates['float32_share']:.0%} of {rates['float32_flops'] / 1e12:g} Tflop/s"
-    return (
+    return texts + (
         f"{len(jobs)} rows are {len(runs)} runs; to download: "
         f"{amount([job.downloads for job in jobs])}; about {sum(known):.1f} hours{hidden}.\n"
         f"Hours are an estimate, no measurement: operations counted, on {rates['accelerator']}; "
@@ -146,6 +154,7 @@ def amount(downloads: Sequence[Mapping[str, float | None]]) -> str:
     sizes: dict[str, Any] = {}
     for each in downloads:
         sizes |= each
-    total = sum(size for size in sizes.values() if size is not None)
-    unknown = sum(size is None for size in sizes.values())
-    return show(int(total)) + (f" and {unknown} of unknown size" if unknown else "")
+    known = [size for size in sizes.values() if size is not None]
+    unknown = len(sizes) - len(known)
+    parts = [show(int(sum(known)))] if known else []
+    return " and ".join([*parts, f"{unknown} of unknown size"] if unknown else parts)
