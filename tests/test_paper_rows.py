@@ -9,6 +9,7 @@ row reads is read here again, from the words of the protocol; what it stores is 
 import json
 import math
 import random
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,7 +210,6 @@ EVERY_KIND = {
     "papers/sparsegpt": ("opt_125m_50", "opt_350m_50_w4", "opt_125m_dense"),
     "papers/gptq": ("opt_125m_w3", "llama_7b_w4_g128"),
     "papers/wanda": ("llama2_7b_2_4",),
-    "papers/besa": ("llama_7b_50",),
     "papers/slim_llm": ("llama_7b_w3_g128", "llama2_7b_w2_g128_gptq"),
     "papers/obr": ("llama2_7b_50_w4",),
     "papers/vicuna": ("vicuna_13b_v1_5_50_w4",),
@@ -248,6 +248,29 @@ def check_weights(row: str, run_dir: Path) -> None:
             for part in weight.split(width, 1):
                 most = max(len(values.unique()) for values in part)
                 assert 2 <= most <= 2 ** max(linear.bits)
+
+
+def test_a_model_that_is_not_declared_another_is_found_to_be(
+    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shape is not the row's: its wrong dense numbers stop nothing, and nothing is judged."""
+    monkeypatch.chdir(tmp_path)
+    row = "papers/besa/llama_7b_50"
+    model = tmp_path / "mine" / "llama_7b"
+    shutil.copytree(Path(hub[1]) / "llama_7b", model)
+    moved = [f"model.path={model}", "model.revision=null", *hub[2:]]
+    verdicts = verdicts_of([row, "--short", *moved], tmp_path)[row]
+    assert {v["verdict"] for v in verdicts} == {OTHER}
+    assert all("hidden_size is 256, not 4096" in v["why"] for v in verdicts)
+    (run_dir,) = Path("outputs").iterdir()
+    check_row(row, run_dir, model.parent)
+    # The same of a run that was made elsewhere, also where its model can no longer be looked at.
+    against = [row, "--against", str(run_dir)]
+    assert verdicts_of(against, tmp_path)[row] == verdicts
+    shutil.rmtree(model)
+    gone = verdicts_of(against, tmp_path)[row]
+    assert {v["verdict"] for v in gone} == {OTHER}
+    assert {v["why"] for v in gone} == {f"nothing shows that {model} is huggyllama/llama-7b"}
 
 
 @pytest.mark.slow

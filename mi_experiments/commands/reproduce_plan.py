@@ -19,6 +19,7 @@ from mi_experiments.llm.corpora import locate_corpus
 from mi_experiments.llm.loading import load_skeleton, locate_model
 from mi_experiments.memory_plan import MemoryPlan, show
 from mi_experiments.substitution import Shapes
+from mi_experiments.text_config import CorpusConfig, DatasetConfig
 
 ROOM = "80 GiB accelerator"
 
@@ -97,7 +98,8 @@ def text_files(config: Config, rates: Rates) -> dict[str, float | None]:
     """Return the files of the published texts that a run reads, and their bytes to download."""
     known: Mapping[str, float] = rates["downloads"]
     found: dict[str, float | None] = {}
-    for text in (config.dataset, *config.evaluation.datasets.values()):
+    read: list[DatasetConfig | CorpusConfig] = [config.dataset]
+    for text in [*read, *config.evaluation.datasets.values()]:
         corpus = config.corpora.get(text.corpus)
         if corpus is None:
             continue

@@ -34,10 +34,19 @@ def status_table(tables: Mapping[str, Sequence[str]], root: Path, verdicts: Path
 
 
 def source_of(root: Path, table: str, rows: Sequence[str]) -> str:
-    """Return the source and the place in it that the rows of a table have in common."""
-    base = root / table / "base.yaml"
-    expected = OmegaConf.load(base if base.is_file() else root / f"{rows[0]}.yaml").expected
-    return ": ".join(part for part in (expected.source, expected.compressed.where) if part)
+    """Return where a table's numbers are from, and how many of its rows no source can judge."""
+    file = root / table / "base.yaml"
+    base = OmegaConf.load(file).expected if file.is_file() else OmegaConf.create()
+    every = [OmegaConf.merge(base, OmegaConf.load(root / f"{row}.yaml").expected) for row in rows]
+    if all(each.compressed.evidence == "own" for each in every):
+        return "its own runs"
+    first = base or every[0]
+    second = sum(each.compressed.evidence == "second_hand" for each in every)
+    unknown = sum(not (each.dense["values"] or each.compressed["values"]) for each in every)
+    parts = [": ".join(part for part in (first.source, first.compressed.where) if part)]
+    parts += [f"{second} second-hand"] if second else []
+    parts += [f"{unknown} without a number"] if unknown else []
+    return "; ".join(parts)
 
 
 def read_verdicts(file: Path, rows: Sequence[str]) -> list[dict[str, Any]]:
