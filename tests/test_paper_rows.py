@@ -212,7 +212,7 @@ EVERY_KIND = {
     "papers/wanda": ("llama2_7b_2_4",),
     "papers/slim_llm": ("llama_7b_w3_g128", "llama2_7b_w2_g128_gptq"),
     "papers/obr": ("llama2_7b_50_w4",),
-    "papers/vicuna": ("vicuna_13b_v1_5_50_w4",),
+    "papers/vicuna": ("vicuna_13b_v1_5_50",),
 }
 """A row for each paper, architecture, protocol and kind of compression."""
 

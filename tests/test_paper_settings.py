@@ -1,5 +1,6 @@
 """What a paper's row is asked to do is what the paper did, whatever this project's defaults are."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from mi_experiments.commands.reproduce import compose_row, find_rows
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra, to_plain
 
+ROOT = Path(conf_directory()) / "experiment"
 ROWS = find_rows("papers", None)
 
 PUBLISHED = {
@@ -129,11 +131,42 @@ def value_at(config: dict[str, Any], key: str) -> Any:
     return config
 
 
+def content_of(row: str) -> tuple[str, dict[str, Any]]:
+    """Return the model of a row, and what its file asks beside model and expected numbers."""
+    content = yaml.safe_load((ROOT / f"{row}.yaml").read_text())
+    base = yaml.safe_load((ROOT / row).with_name("base.yaml").read_text())
+    defaults = [base["defaults"], content.pop("defaults")]
+    (*_, model) = [
+        d["override /model"] for part in defaults for d in part if "override /model" in d
+    ]
+    content["axes"] = [d for d in defaults[1] if "override /model" not in d]
+    content.pop("expected")
+    return model, content
+
+
+def kind_of(row: str) -> tuple[str, ...]:
+    """Return a paper, a family of models and what is done; SliM-LLM's groups go by model size."""
+    _, paper, name = row.split("/")
+    model, _ = content_of(row)
+    family = re.split(r"[_\d]", model)[0]
+    return paper, family, model[-3:] if paper == "slim_llm" else "", name.removeprefix(model)
+
+
+KINDS = {kind_of(row): row for row in ROWS}
+
+
 @pytest.mark.parametrize("row", ROWS)
+def test_rows_of_a_kind_differ_in_their_model_alone(row: str) -> None:
+    """What the next test says of one of them, it says of all."""
+    assert content_of(row)[1] == content_of(KINDS[kind_of(row)])[1]
+
+
+@pytest.mark.parametrize("row", KINDS.values())
 def test_a_row_asks_for_what_its_paper_did(row: str) -> None:
     config = to_plain(from_hydra(compose_row(row, [])))
     wanted = demands(row)
     assert {key: value_at(config, key) for key in wanted} == wanted
+    assert config["model"]["name"] == content_of(row)[0]
     protocol = "wanda_llama2" if "/wanda/" in row else "sparsegpt"
     assert config["evaluation"]["protocol"] == protocol
     for text in config["evaluation"]["datasets"].values():
@@ -144,9 +177,7 @@ def test_a_row_asks_for_what_its_paper_did(row: str) -> None:
 AXES = {"model", "dataset", "sparsity", "wbits", "n_groups", "recipe", "evaluation"}
 
 
-@pytest.mark.parametrize(
-    "base", sorted(Path(conf_directory()).glob("experiment/papers/*/base.yaml"))
-)
+@pytest.mark.parametrize("base", sorted(ROOT.glob("papers/*/base.yaml")))
 def test_no_axis_is_left_to_the_default(base: Path) -> None:
     """Another default of this project, of any axis, moves no row."""
     defaults = yaml.safe_load(base.read_text())["defaults"]
