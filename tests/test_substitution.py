@@ -115,6 +115,7 @@ def flat(value: object, path: str = "") -> dict[str, object]:
         (["--against", "/nonexistent"], "/nonexistent: no run is recorded there (no result.json)"),
         (["--against", "."], "its result.json is none of this version"),
         (["--model", "/nonexistent"], "--model /nonexistent: no config.json"),
+        (["--status", "nowhere"], "--status nowhere: no such folder"),
         (["--only", "nothing_*"], "no row nothing_* in papers/wanda: there are"),
     ],
 )

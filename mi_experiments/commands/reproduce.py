@@ -6,6 +6,7 @@ import fnmatch
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mi_experiments.commands.run import (
     save_composition,
 )
 from mi_experiments.composing import explain, from_hydra
+from mi_experiments.config import Config
 from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
 from mi_experiments.judging import FAIL, Judgement, judge, setting_changes
 from mi_experiments.pinning import pin
@@ -169,7 +171,7 @@ def all_overrides(row: str, options: argparse.Namespace) -> list[str]:
     """Return what the command line changes of a row: its overrides, and those of a rehearsal."""
     overrides = list(options.overrides)
     if options.model or options.short:
-        config = from_hydra(compose_row(row, overrides))
+        config = row_config(row, tuple(overrides))
         overrides += substitute(options.model, config.model.name) if options.model else []
         overrides += shorten(config, read_conf("rehearsal")) if options.short else []
     return overrides
@@ -180,11 +182,17 @@ def read_conf(name: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(Path(conf_directory()) / f"{name}.yaml"))
 
 
+@lru_cache
+def row_config(row: str, overrides: tuple[str, ...] = ()) -> Config:
+    """Return what a row asks for; a value that nobody changes."""
+    return from_hydra(compose_row(row, overrides))
+
+
 def judge_row(
     row: str, options: argparse.Namespace, wrong: dict[str, str]
 ) -> tuple[list[Judgement], Result | None]:
     """Run a row, unless it was run or only its verdict is asked, and judge it."""
-    asked = from_hydra(compose_row(row, []))
+    asked = row_config(row)
     if asked.expected is None:
         raise InputError(f"{row} expects nothing: give a row of papers or pinned")
     composed = compose_row(row, all_overrides(row, options))

@@ -23,8 +23,11 @@ def status_table(tables: Mapping[str, Sequence[str]], root: Path, verdicts: Path
         verdicts: a folder with what `--json` wrote for each table that was run, by its name.
 
     Raises:
-        InputError: a file cannot be read, or is of rows, values or numerics that are no longer so.
+        InputError: there is no such folder, or a file cannot be read, or is of rows or numerics
+            that are no longer so.
     """
+    if not verdicts.is_dir():
+        raise InputError(f"--status {verdicts}: no such folder")
     lines = []
     for table, rows in tables.items():
         file = verdicts / f"{table.replace('/', '-')}.json"
