@@ -133,16 +133,20 @@ def check_storage(row: str, linear: LinearReport, config: dict[str, Any]) -> Non
     name = row.split("/")[-1]
     weights = linear.rows * linear.columns
     pruned, pattern = 0, 0.0
-    if "_50" in name:
-        # The published threshold prunes one more than half of every 128 columns.
-        pruned = sum(linear.rows * 128 // 2 + 1 for _ in range(linear.columns // 128))
+    if "_50" in name:  # one more than half of every 128 columns
+        pruned = (linear.rows * 128 // 2 + 1) * (linear.columns // 128)
         pattern = 1.0
     elif "_2_4" in name or "_4_8" in name:
         pruned = weights // 2
         pattern = {"_2_4": 3 / 4, "_4_8": 7 / 8}[name[-4:]]
     assert linear.sparsity == pruned / weights
     bits = next((int(b) for b in "234" if f"_w{b}" in name), 16)
-    assert linear.average_bits == bits if "slim" not in row else linear.average_bits <= bits
+    if config["wbits"]["allocation"] == "mixed":
+        # Each linear within its own budget, and nearer to it than half of its groups could buy.
+        assert linear.bits.keys() <= set(config["wbits"]["widths"])
+        assert bits - 0.5 < linear.average_bits <= bits
+    else:
+        assert linear.average_bits == bits
     kept = 1 - pruned / weights
     expected = kept * bits + pattern
     if bits < 16 and linear.groups == 1:
@@ -234,20 +238,32 @@ def test_a_row_runs_as_its_paper_says(
 
 def check_weights(row: str, run_dir: Path) -> None:
     """The exported weights have the windows, the zeros and the levels that the row says."""
-    weights = {k: v for file in (run_dir / "model").glob("*.safetensors")
-               for k, v in load_file(file).items()}  # fmt: skip
+    weights, grids = (read_tensors(run_dir / folder) for folder in ("model", "grids"))
+    own = row.split("/")[1] in ("obr", "vicuna")
     for linear in read_linears(run_dir):
-        weight = weights[f"{linear.name}.weight"]
-        zeros = weight == 0
+        if linear.status == "untouched":
+            assert f"{linear.name}.pruned" not in grids
+            continue
+        weight, pruned = weights[f"{linear.name}.weight"], grids[f"{linear.name}.pruned"]
+        assert not weight[pruned].any()
+        assert pruned.sum() == round(linear.sparsity * linear.weights)
         for suffix, size in (("_2_4", 4), ("_4_8", 8)):
             if row.endswith(suffix):
-                windows = zeros.view(linear.rows, -1, size).sum(-1)
+                windows = pruned.view(linear.rows, -1, size).sum(-1)
                 assert torch.equal(windows, torch.full_like(windows, size // 2))
-        if linear.bits.keys() <= {2, 3, 4} and linear.groups == 1:
+        if "_50" in row and not own:
+            # The published threshold prunes one more than half of every 128 columns.
+            blocks = [int(block.sum()) for block in pruned.split(128, 1)]
+            assert blocks == [linear.rows * 128 // 2 + 1] * (linear.columns // 128)
+        if max(linear.bits) < 16 and linear.groups == 1:
             width = 128 if "g128" in row else linear.columns
             for part in weight.split(width, 1):
                 most = max(len(values.unique()) for values in part)
                 assert 2 <= most <= 2 ** max(linear.bits)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def test_a_model_that_is_not_declared_another_is_found_to_be(
@@ -278,13 +294,15 @@ def test_every_row_runs_as_its_paper_says(
     hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    verdicts = verdicts_of(["papers", "--short", *hub], tmp_path)
+    arguments = ["--short", *hub, "export=dense"]
+    verdicts = verdicts_of(["papers", *arguments], tmp_path)
     rows = find_rows("papers", None)
     assert list(verdicts) == rows
     assert len(rows) == 83
     for row in rows:
         check_verdicts(row, verdicts[row])
-        check_row(row, run_dir_of(row, ["--short", *hub]), Path(hub[1]))
+        check_row(row, run_dir_of(row, arguments), Path(hub[1]))
+        check_weights(row, run_dir_of(row, arguments))
 
 
 @pytest.mark.slow
