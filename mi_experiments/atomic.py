@@ -48,7 +48,9 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     if len(metadata) > 1:
         raise ValueError(f"{path}: equal files need one entry of metadata, not {list(metadata)}")
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    place(path, lambda temporary: save_file(dict(tensors), temporary, dict(metadata)), size)
+    # Of no tensors with empty metadata, safetensors writes a header that it cannot read.
+    given = dict(metadata) if metadata or tensors else None
+    place(path, lambda temporary: save_file(dict(tensors), temporary, given), size)
 
 
 def place(path: Path, write: Callable[[Path], object], size: int) -> None:

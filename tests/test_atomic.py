@@ -144,3 +144,12 @@ def test_content_is_flushed_before_the_name_and_the_name_after(
 def test_nothing_but_disk_errors_is_translated() -> None:
     with pytest.raises(ZeroDivisionError), disk_errors(Path("a")):
         _ = 1 / 0
+
+
+@pytest.mark.parametrize("metadata", [{}, {"all": "x"}])
+@pytest.mark.parametrize("tensors", [{}, {"a": torch.ones(2)}])
+def test_what_is_saved_can_be_read_also_where_it_is_nothing(
+    metadata: dict[str, str], tensors: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    save_atomically(tmp_path / "a", tensors, metadata)
+    assert load_file(tmp_path / "a").keys() == tensors.keys()

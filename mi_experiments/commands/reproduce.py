@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mi_experiments.atomic import write_atomically
+from mi_experiments.commands.reproduce_plan import plan_job, plan_table, summary
+from mi_experiments.commands.reproduce_status import status_table
 from mi_experiments.commands.run import (
     STOP,
     claim,
@@ -27,14 +31,19 @@ from mi_experiments.commands.run import (
 )
 from mi_experiments.composing import explain, from_hydra
 from mi_experiments.config import Config
-from mi_experiments.dry_run import dry_run
 from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
-from mi_experiments.judging import FAIL, NOT_RUN, PLACES, Judgement, judge, setting_changes
-from mi_experiments.memory_plan import MemoryPlan, show
+from mi_experiments.judging import FAIL, NOT_RUN, Judgement, judge, setting_changes
 from mi_experiments.pinning import pin
 from mi_experiments.progress import Progress
 from mi_experiments.provenance import asked_config, without_incidental
 from mi_experiments.record import RESULT, Evaluation, Result, read_result
+from mi_experiments.substitution import (
+    other_model,
+    set_aside,
+    shorten,
+    substitute,
+    unproved,
+)
 
 PROGRAM = "mi-reproduce"
 
@@ -49,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         fail(str(error), error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error), InputError.exit_code)
+    except OSError as error:
+        fail(f"{error.strerror}: {error.filename}", InputError.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -65,16 +76,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("table", nargs="?", help="papers/sparsegpt, papers/sparsegpt/opt_125m_50, pinned, …")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="changes of every row, as for mi-run")
-    add("--only", metavar="ROW", help="this row of the table alone")
-    add("--plan", action="store_true", help="show jobs, downloads and memory; run nothing")
+    add("--only", metavar="ROW", help="these rows of the table alone: a name, or a pattern")
+    add("--model", type=Path, metavar="DIR", help="rehearse: on this model, with no verdict")
+    add("--short", action="store_true", help="rehearse: with the short texts of rehearsal.yaml")
+    add("--plan", action="store_true", help="show jobs, downloads, memory and hours; run nothing")
     add("--against", type=Path, metavar="RUN_DIR", help="judge a finished run; run nothing")
     add("--judge", action="store_true", help="judge what is in outputs/; run nothing")
     add("--markdown", type=Path, metavar="FILE", help="write the verdicts as Markdown")
     add("--json", type=Path, metavar="FILE", help="write the verdicts as JSON")
+    add("--status", type=Path, metavar="DIR", help="every table, and its verdicts in DIR")
     add("--pin", nargs=2, metavar=("RUN_DIR", "NAME"), help="write experiment/pinned/NAME.yaml")
-    options = parser.parse_args(arguments)
-    if not options.pin and not options.table:
-        parser.error("name a table, or --pin RUN_DIR NAME")
+    options = parser.parse_intermixed_args(arguments)  # options may stand between overrides
+    if not (options.pin or options.status or options.table):
+        parser.error("name a table, or --pin RUN_DIR NAME, or --status DIR")
     return options
 
 
@@ -84,22 +98,33 @@ def reproduce(options: argparse.Namespace) -> None:
         path = pin(Path(options.pin[0]), options.pin[1], Path(conf_directory()))
         print(path)
         return
+    if options.status:
+        root = Path(conf_directory()) / "experiment"
+        print(status_table(find_tables(root), root, options.status), end="")
+        return
     rows = find_rows(options.table, options.only)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     if options.plan:
-        console.print(plan_table(rows, options.overrides))
+        rates = read_conf("estimates")
+        jobs = []
+        for row in rows:
+            composed = compose_row(row, all_overrides(row, options))
+            config = from_hydra(composed)
+            jobs.append(plan_job(row, composed.hydra.run.dir, config, read_conf("shapes"), rates))
+        console.print(plan_table(jobs))
+        console.print(summary(jobs, rates), soft_wrap=True, highlight=False, markup=False)
         return
-    signatures = OmegaConf.to_container(OmegaConf.load(Path(conf_directory()) / "signatures.yaml"))
-    assert isinstance(signatures, list)
     judgements: list[Judgement] = []
+    content: list[dict[str, Any]] = []
     wrong: dict[str, str] = {}
     for row in rows:
-        judgements += judge_row(row, options, signatures, wrong)
+        found, result = judge_row(row, options, wrong)
+        judgements += found
+        content += [dataclasses.asdict(judgement) | run_on(result) for judgement in found]
     console.print(verdict_table(judgements))
     if options.markdown:
         write_atomically(options.markdown, markdown(judgements).encode())
     if options.json:
-        content = [dataclasses.asdict(judgement) for judgement in judgements]
         write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
     failed = sum(judgement.verdict == FAIL for judgement in judgements)
     for judgement in judgements:
@@ -112,14 +137,26 @@ def reproduce(options: argparse.Namespace) -> None:
 def find_rows(table: str, only: str | None) -> list[str]:
     """Name the rows of a table: every config of the folder but `base`, or the one that is named."""
     root = Path(conf_directory()) / "experiment"
+    names = row_names(root, table)
+    chosen = [name for name in names if fnmatch.fnmatchcase(name.split("/")[-1], only or "*")]
+    if not chosen:
+        raise InputError(
+            f"no row {only or ''} in {table}: there are {', '.join(find_tables(root))}"
+        )
+    return chosen
+
+
+def row_names(root: Path, table: str) -> list[str]:
+    """Return the rows of a table, or of all tables below a folder, by name."""
     files = [root / f"{table}.yaml"] if (root / f"{table}.yaml").is_file() else []
     files = files or sorted((root / table).rglob("*.yaml"))
-    names = [str(f.relative_to(root).with_suffix("")) for f in files if f.stem != "base"]
-    chosen = [name for name in names if only is None or name.split("/")[-1] == only]
-    if not chosen:
-        tables = sorted({str(f.parent.relative_to(root)) for f in root.rglob("*.yaml")})
-        raise InputError(f"no row {only or ''} in {table}: there are {', '.join(tables)}")
-    return chosen
+    return [str(f.relative_to(root).with_suffix("")) for f in files if f.stem != "base"]
+
+
+def find_tables(root: Path) -> dict[str, list[str]]:
+    """Return the rows of every table, by its name."""
+    folders = sorted({str(file.parent.relative_to(root)) for file in root.glob("*/**/*.yaml")})
+    return {folder: row_names(root, folder) for folder in folders}
 
 
 def compose_row(row: str, overrides: Sequence[str]) -> DictConfig:
@@ -130,46 +167,89 @@ def compose_row(row: str, overrides: Sequence[str]) -> DictConfig:
         )
 
 
+def all_overrides(row: str, options: argparse.Namespace) -> list[str]:
+    """Return what the command line changes of a row: its overrides, and those of a rehearsal."""
+    overrides = list(options.overrides)
+    if options.model or options.short:
+        config = row_config(row, tuple(overrides))
+        overrides += substitute(options.model, config.model.name) if options.model else []
+        overrides += shorten(config, read_conf("rehearsal")) if options.short else []
+    return overrides
+
+
+def read_conf(name: str) -> Any:
+    """Read a file of `conf/` that is no part of a run."""
+    return OmegaConf.to_container(OmegaConf.load(Path(conf_directory()) / f"{name}.yaml"))
+
+
+@lru_cache
+def row_config(row: str, overrides: tuple[str, ...] = ()) -> Config:
+    """Return what a row asks for; a value that nobody changes."""
+    return from_hydra(compose_row(row, overrides))
+
+
 def judge_row(
-    row: str, options: argparse.Namespace, signatures: list[Any], wrong: dict[str, str]
-) -> list[Judgement]:
+    row: str, options: argparse.Namespace, wrong: dict[str, str]
+) -> tuple[list[Judgement], Result | None]:
     """Run a row, unless it was run or only its verdict is asked, and judge it."""
-    asked = from_hydra(compose_row(row, []))
+    asked = row_config(row)
     if asked.expected is None:
         raise InputError(f"{row} expects nothing: give a row of papers or pinned")
-    composed = compose_row(row, options.overrides)
-    config = from_hydra(composed)
-    changes = all_changes(asked, asked_config(config))
+    composed = compose_row(row, all_overrides(row, options))
+    ran = asked_config(from_hydra(composed))
+    run_dir = options.against or Path(composed.hydra.run.dir)
     result: Result | None = None
     note = ""
-    run_dir = options.against or Path(composed.hydra.run.dir)
-    if options.against or options.judge:
-        if options.against or (run_dir / "result.json").is_file():
-            result = read_result(run_dir)
-            changes = all_changes(asked, without_incidental(result.config))
-    else:
-        key = json.dumps([asked_config(config)[part] for part in ("model", "evaluation")])
+    if options.against or (options.judge and (run_dir / "result.json").is_file()):
+        result = recorded(run_dir)
+        ran = without_incidental(result.config)
+    signatures, shapes = read_conf("signatures"), read_conf("shapes")
+    changes = setting_changes(asked_config(asked), ran)
+    other = other_model(asked.model, ran["model"], shapes)
+    if not (options.against or options.judge):
+        key = json.dumps([ran["model"], ran["evaluation"]])
         if key in wrong:
             note = f"the dense model is wrong already in {wrong[key]}"
         else:
-            result, note = run_row(row, composed, run_dir, changes, signatures)
+            result, note = run_row(row, composed, run_dir, changes, other, signatures)
             if note.startswith("dense: "):
                 wrong[key] = row
-    return judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
+    judgements = judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
+    if not (other or asked.expected.fingerprint):
+        other = unproved(asked.model, ran["model"], judgements, shapes)
+    return set_aside(judgements, other), result
 
 
-def all_changes(asked: Config, ran: Mapping[str, Any]) -> list[str]:
-    """Say in what a run is not the row's; a model from elsewhere needs a number or hash to know."""
-    changes = setting_changes(asked_config(asked), ran)
-    moved = ran["model"]["path"] != asked.model.path
-    assert asked.expected is not None
-    if moved and not asked.expected.dense.values and not asked.expected.fingerprint:
-        changes.append(f"{PLACES[0]}: nothing shows that it is {asked.model.path}")
-    return changes
+def run_on(result: Result | None) -> dict[str, Any]:
+    """Return what a verdict was measured on, and by which numerics."""
+    known = result.provenance if result else None
+    return {
+        "device": known.device if known else None,
+        "numerics_version": known.numerics_version if known else None,
+    }
+
+
+def recorded(run_dir: Path) -> Result:
+    """Read the result of a run.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    try:
+        return read_result(run_dir)
+    except FileNotFoundError:
+        raise InputError(f"{run_dir}: no run is recorded there (no result.json)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{run_dir}: its result.json is none of this version: {error}") from error
 
 
 def run_row(
-    row: str, composed: DictConfig, run_dir: Path, changes: list[str], signatures: list[Any]
+    row: str,
+    composed: DictConfig,
+    run_dir: Path,
+    changes: list[str],
+    other: str,
+    signatures: list[Any],
 ) -> tuple[Result | None, str]:
     """Run a row, or continue or recall it; a wrong dense model ends it before it is compressed."""
     from mi_experiments.experiment import run_experiment
@@ -184,7 +264,7 @@ def run_row(
 
     def on_dense(dense: Mapping[str, Evaluation]) -> None:
         assert config.expected is not None
-        same = not any(line.startswith(("model.", "evaluation.")) for line in changes)
+        same = not other and not any(line.startswith(("model.", "evaluation.")) for line in changes)
         partial = dataclasses.replace(read_result(run_dir), dense=dict(dense))
         # A row that is not run as it is fails by what was changed, and here by its number alone.
         prints = {} if changes else config.expected.fingerprint
@@ -217,28 +297,6 @@ def recorded_bytes(run_dir: Path) -> bytes | None:
     """Return the record of a run as it stands; None if there is none."""
     path = run_dir / RESULT
     return path.read_bytes() if path.is_file() else None
-
-
-def plan_table(rows: Sequence[str], overrides: Sequence[str]) -> Table:
-    """Return jobs, downloads and memory, from what is on this machine; nothing is downloaded."""
-    table = Table(title="what a reproduction would do", title_justify="left")
-    for heading in ("row", "model", "texts", "memory", "weights"):
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        config = from_hydra(compose_row(row, [*overrides, "model.offline=true"]))
-        names = {config.dataset.corpus, *(t.corpus for t in config.evaluation.datasets.values())}
-        texts = [f"{config.corpora[n].hub_id}@{config.corpora[n].revision[:12]}"
-                 for n in sorted(names & set(config.corpora))]  # fmt: skip
-        try:
-            outline = dry_run(config)
-            plan = outline.memory["80 GiB accelerator"]
-            fits = show(plan.accelerator or 0) if isinstance(plan, MemoryPlan) else plan
-            known = fits, f"{outline.weights:,}"
-        except InputError as error:
-            known = f"unknown: needs config.json ({error})", "unknown"
-        model = f"{config.model.path}@{(config.model.revision or '-')[:12]}"
-        table.add_row(row, model, "\n".join(texts), *known)
-    return table
 
 
 HEADINGS = (
