@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from mi_experiments.commands.reproduce import compose_row, find_rows, main, read_conf
+from mi_experiments.commands.reproduce import main
 from mi_experiments.commands.reproduce_plan import Job, amount, described, plan_job, summary
+from mi_experiments.commands.reproduce_rows import compose_row, find_rows, read_conf
 from mi_experiments.composing import from_hydra
 from mi_experiments.dry_run import dry_run
 from mi_experiments.estimate import Work, count_work

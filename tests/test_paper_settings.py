@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mi_experiments.commands.reproduce import compose_row, find_rows
+from mi_experiments.commands.reproduce_rows import compose_row, find_rows
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra, to_plain
 
