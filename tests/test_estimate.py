@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from transformers import CONFIG_MAPPING
 
-from mi_experiments.commands.reproduce import compose_row, find_rows, main, read_conf
+from mi_experiments.commands.reproduce import main
 from mi_experiments.commands.reproduce_plan import Job, amount, described, plan_job, summary
+from mi_experiments.commands.reproduce_rows import compose_row, read_conf
+from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.dry_run import dry_run
 from mi_experiments.estimate import Work, count_work
@@ -38,9 +40,9 @@ def outlined(row: str):
 
 
 def test_every_model_of_the_papers_has_a_shape() -> None:
-    folder = {from_hydra(compose_row(row, [])).model.name for row in find_rows("papers", "*_dense")}
-    assert folder <= SHAPES.keys()
-    assert SHAPES.keys() == PARAMETERS.keys()
+    files = (Path(conf_directory()) / "experiment" / "papers").rglob("*.yaml")
+    named = {name for file in files for name in re.findall(r"/model: (\w+)", file.read_text())}
+    assert named == SHAPES.keys() == PARAMETERS.keys()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -104,8 +106,8 @@ def test_a_row_that_compresses_nothing_is_two_evaluations() -> None:
 
 def test_this_projects_recipe_costs_more_than_the_published_one() -> None:
     """Two streams, two sweeps, two rounds, a plan: each is in the count."""
-    ours = count_work(*outlined("papers/vicuna/vicuna_13b_v1_5_50_w4"), RATES)
-    theirs = count_work(*outlined("papers/gptq/llama_13b_w4"), RATES)
+    ours = count_work(*outlined("papers/obr/llama2_7b_50_w4"), RATES)
+    theirs = count_work(*outlined("papers/gptq/llama_7b_w4"), RATES)
     assert ours.hessians == 5 * theirs.hessians
     assert ours.columns == 4 * theirs.columns
     assert ours.seconds(RATES) > theirs.seconds(RATES)

@@ -22,14 +22,8 @@ from published_models import SHAPES, corpus_rows, save_corpora, save_small_model
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from mi_experiments.commands.reproduce import (
-    all_overrides,
-    compose_row,
-    find_rows,
-    main,
-    parse,
-    row_config,
-)
+from mi_experiments.commands.reproduce import all_overrides, main, parse
+from mi_experiments.commands.reproduce_rows import compose_row, find_rows, row_config
 from mi_experiments.judging import setting_changes
 from mi_experiments.llm.windows import token_hash
 from mi_experiments.provenance import asked_config, without_incidental

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from mi_experiments.commands.reproduce import find_rows, find_tables, main, parse
+from mi_experiments.commands.reproduce import main, parse
+from mi_experiments.commands.reproduce_rows import find_rows, find_tables
 from mi_experiments.commands.reproduce_status import read_verdicts, status_table
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.errors import InputError

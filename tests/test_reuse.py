@@ -123,14 +123,14 @@ def test_what_the_loss_feels_is_shared_by_jobs_that_group_differently(
     run: Callable[..., Result], work: dict[str, int], tmp_path: Path
 ) -> None:
     run("first", *FISHER)
-    second = run("second", *FISHER, "n_groups=energy")
+    second = run("second", *FISHER, "n_groups=random")
     assert second.reused["plan"] == ["drafts/fisher"]
     assert work["measure_fisher"] == 1
     assert work["draft_block"] == 2 * BLOCKS
-    third = run("third", *FISHER, "n_groups=energy", "wbits.average=3")
+    third = run("third", *FISHER, "n_groups=random", "wbits.average=3")
     assert third.reused["plan"] == parts(*range(BLOCKS))
     for name, choice in {"second": "wbits.average=4", "third": "wbits.average=3"}.items():
-        run(f"{name} alone", *FISHER, "n_groups=energy", choice, "reuse=false")
+        run(f"{name} alone", *FISHER, "n_groups=random", choice, "reuse=false")
         assert numbers(tmp_path / name) == numbers(tmp_path / f"{name} alone")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mi_experiments.commands.reproduce import compose_row, main, parse, read_conf
+from mi_experiments.commands.reproduce import main, parse
+from mi_experiments.commands.reproduce_rows import compose_row, find_rows, read_conf
 from mi_experiments.composing import from_hydra, to_plain
 from mi_experiments.errors import InputError
 from mi_experiments.judging import FAIL, NONE, NOT_RUN, PASS, Judgement
@@ -149,8 +150,6 @@ def test_an_error_of_the_system_is_one_line_too(
 
 
 def test_only_takes_a_pattern() -> None:
-    from mi_experiments.commands.reproduce import find_rows
-
     options = parse(["papers", "--only", "llama2_13b_?_?"])
     rows = ["papers/wanda/llama2_13b_2_4", "papers/wanda/llama2_13b_4_8"]
     assert find_rows(options.table, options.only) == rows

@@ -197,7 +197,7 @@ def test_every_number_is_read_back_from_the_offline_run(config, tmp_path, capfd)
     started = records["run"][0]
     assert started["run_group"] == "2026-01-02-widths"
     assert (started["job_type"], started["display_name"]) == ("compress", "job 3")
-    assert started["tags"] == ["mine", "t" * 64, "embedded", "mutual_information"]
+    assert started["tags"] == ["mine", "t" * 64, "embedded", "energy"]
     assert "host" not in started
     assert not {"environment", "stats", "output"} & records.keys()
 
@@ -242,7 +242,7 @@ def test_every_number_is_read_back_from_the_offline_run(config, tmp_path, capfd)
         "sparsity": config.sparsity.ratio,
         "wbits": config.wbits.average,
         "n_groups": config.n_groups.count,
-        "grouping": "mutual_information",
+        "grouping": "energy",
         "seed": config.seed,
     }
     assert read["config"]["config"] == to_plain(asked)

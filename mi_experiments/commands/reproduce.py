@@ -2,24 +2,28 @@
 
 import argparse
 import dataclasses
-import fnmatch
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
 from mi_experiments.atomic import write_atomically
 from mi_experiments.commands.reproduce_plan import plan_job, plan_table, summary
+from mi_experiments.commands.reproduce_rows import (
+    compose_row,
+    find_rows,
+    find_tables,
+    read_conf,
+    row_config,
+)
 from mi_experiments.commands.reproduce_status import status_table
 from mi_experiments.commands.run import (
     STOP,
@@ -30,7 +34,6 @@ from mi_experiments.commands.run import (
     save_composition,
 )
 from mi_experiments.composing import explain, from_hydra
-from mi_experiments.config import Config
 from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
 from mi_experiments.judging import FAIL, NOT_RUN, Judgement, judge, setting_changes
 from mi_experiments.pinning import pin
@@ -134,39 +137,6 @@ def reproduce(options: argparse.Namespace) -> None:
         raise VerdictError(f"{failed} of {len(judgements)} numbers are not as expected")
 
 
-def find_rows(table: str, only: str | None) -> list[str]:
-    """Name the rows of a table: every config of the folder but `base`, or the one that is named."""
-    root = Path(conf_directory()) / "experiment"
-    names = row_names(root, table)
-    chosen = [name for name in names if fnmatch.fnmatchcase(name.split("/")[-1], only or "*")]
-    if not chosen:
-        raise InputError(
-            f"no row {only or ''} in {table}: there are {', '.join(find_tables(root))}"
-        )
-    return chosen
-
-
-def row_names(root: Path, table: str) -> list[str]:
-    """Return the rows of a table, or of all tables below a folder, by name."""
-    files = [root / f"{table}.yaml"] if (root / f"{table}.yaml").is_file() else []
-    files = files or sorted((root / table).rglob("*.yaml"))
-    return [str(f.relative_to(root).with_suffix("")) for f in files if f.stem != "base"]
-
-
-def find_tables(root: Path) -> dict[str, list[str]]:
-    """Return the rows of every table, by its name."""
-    folders = sorted({str(file.parent.relative_to(root)) for file in root.glob("*/**/*.yaml")})
-    return {folder: row_names(root, folder) for folder in folders}
-
-
-def compose_row(row: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose a row, with Hydra's own settings."""
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return compose(
-            "config", overrides=[f"experiment={row}", *overrides], return_hydra_config=True
-        )
-
-
 def all_overrides(row: str, options: argparse.Namespace) -> list[str]:
     """Return what the command line changes of a row: its overrides, and those of a rehearsal."""
     overrides = list(options.overrides)
@@ -175,17 +145,6 @@ def all_overrides(row: str, options: argparse.Namespace) -> list[str]:
         overrides += substitute(options.model, config.model.name) if options.model else []
         overrides += shorten(config, read_conf("rehearsal")) if options.short else []
     return overrides
-
-
-def read_conf(name: str) -> Any:
-    """Read a file of `conf/` that is no part of a run."""
-    return OmegaConf.to_container(OmegaConf.load(Path(conf_directory()) / f"{name}.yaml"))
-
-
-@lru_cache
-def row_config(row: str, overrides: tuple[str, ...] = ()) -> Config:
-    """Return what a row asks for; a value that nobody changes."""
-    return from_hydra(compose_row(row, overrides))
 
 
 def judge_row(
