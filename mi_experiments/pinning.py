@@ -10,14 +10,16 @@ from mi_experiments.judging import fingerprint
 from mi_experiments.provenance import without_incidental
 from mi_experiments.record import read_result
 
-DENSE, COMPRESSED = 1e-5, 1e-3
-"""Tolerances, as shares. The embedded run with one thread, two threads, and without the processor's
-vector instructions moved by 5e-8 dense, and compressed, where codes on the edge of rounding fall
-to the other side, by 3e-4; seeds and settings are told by their hashes, not by these."""
+DENSE, COMPRESSED = 1e-5, 5e-3
+"""Tolerances, as shares. The embedded run with one and two threads, and with AVX-512, AVX2 or no
+vector instructions, moved by 3e-8 dense, and compressed, where a channel on the edge of a group or
+a code on the edge of rounding falls to the other side and all later ones follow, by 2.3e-3 at most
+between two of five runs. Seeds and settings are told by their hashes, not by these, and on the same
+machine the bits are."""
 
 BECAUSE = {
-    "dense": "other kernels sum in another order; 5e-8 was measured",
-    "compressed": "codes on the edge of rounding fall to the other side; 3e-4 was measured",
+    "dense": "other kernels sum in another order; 3e-8 was measured",
+    "compressed": "groups and codes on an edge fall to the other side; 2.3e-3 was measured",
 }
 
 
