@@ -19,7 +19,7 @@ from command_line import SMALL, mi_reproduce
 from tiny_models import build_byte_tokenizer, build_tiny_model
 
 from mi_experiments import pipeline, provenance, recalled
-from mi_experiments.commands import reproduce, run
+from mi_experiments.commands import reproduce, reproduce_rows, run
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.judging import FAIL, NOT_RUN, PASS
 
@@ -84,7 +84,8 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MI_EXPERIMENTS_CACHE", str(root / "cache"))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
-        patch.setattr(reproduce, "conf_directory", lambda: str(root / "conf"))
+        for module in (reproduce, reproduce_rows):
+            patch.setattr(module, "conf_directory", lambda: str(root / "conf"))
         patch.chdir(root)
         for name, overrides in rows.items():
             words = ["mi-run", *SMALL, *QUICK, *tiny, *overrides, f"hydra.run.dir={root / name}"]
