@@ -17,7 +17,9 @@ from command_line import run_directories
 from slurm_cluster import ask, missing_programs, slurm_cluster
 
 MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
-JOBS = ["-m", "dataset.nsamples=2,4", "seed=0,1"]
+TWELVE = ["-m", "dataset.nsamples=2,4,8", "seed=0,1,2,3"]
+FOUR = ["-m", "dataset.nsamples=2,4", "seed=0,1"]
+"""Of the twelve."""
 EMBEDDED = [
     "tracking=disabled", "reuse=false", "export=packed", "dataset.batch_size=2",
     "model.seqlen=32", "evaluation.datasets.embedded.max_windows=2",
@@ -33,7 +35,8 @@ def artefacts(root: Path) -> dict[str, Any]:
     for run_dir in run_directories(root):
         for path in sorted(run_dir.rglob("*")):
             if path.is_file() and path.name not in DIFFERENT:
-                found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
+                name = str(path.relative_to(run_dir.parent))
+                found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         record = json.loads((run_dir / "result.json").read_text())
         for key in ("seconds", "memory", "resumed"):
             del record[key]
@@ -41,6 +44,12 @@ def artefacts(root: Path) -> dict[str, Any]:
             del record["provenance"][key]
         found[run_dir.name] = record
     return found
+
+
+def of_jobs(root: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what was found of the runs that a sweep has too."""
+    names = {run_dir.name for run_dir in run_directories(root)}
+    return {path: value for path, value in found.items() if path.split("/")[0] in names}
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -77,10 +86,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def basic(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Give what the sweep of the embedded model computes in one process."""
     root = tmp_path_factory.mktemp("basic")
-    code, out = sweep(root, *JOBS, *EMBEDDED)
+    code, out = sweep(root, *TWELVE, *EMBEDDED)
     assert code == 0, out
     found = artefacts(root)
-    assert sum(name.endswith(".safetensors") for name in found) >= 4
+    assert sum(name.endswith(".safetensors") for name in found) >= 12
     return found
 
 
@@ -99,9 +108,9 @@ def wait_until(holds: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
 def test_slurm_computes_the_same_bytes(
     tmp_path: Path, slurm: dict[str, str], basic: dict[str, Any]
 ) -> None:
-    code, out = sweep(tmp_path, *JOBS, *EMBEDDED, *SLURM, env=slurm)
+    code, out = sweep(tmp_path, *TWELVE, *EMBEDDED, *SLURM, env=slurm)
     assert code == 0, out
-    assert statuses(tmp_path) == ["done"] * 4
+    assert statuses(tmp_path) == ["done"] * 12
     assert artefacts(tmp_path) == basic
 
 
@@ -110,7 +119,7 @@ def test_slurm_computes_the_same_bytes(
 def test_a_job_that_slurm_stops_is_requeued_and_goes_on(
     tmp_path: Path, slurm: dict[str, str], basic: dict[str, Any], name: str
 ) -> None:
-    command = [*MI_RUN, *JOBS, *EMBEDDED, *SLURM, "hydra.launcher.max_num_timeout=3"]
+    command = [*MI_RUN, *FOUR, *EMBEDDED, *SLURM, "hydra.launcher.max_num_timeout=3"]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=slurm, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -138,14 +147,14 @@ def test_a_job_that_slurm_stops_is_requeued_and_goes_on(
     assert process.returncode == 0, out
     assert statuses(tmp_path) == ["done"] * 4
     assert json.loads((run_dir / "result.json").read_text())["resumed"] == 1
-    assert artefacts(tmp_path) == basic
+    assert artefacts(tmp_path) == of_jobs(tmp_path, basic)
 
 
 @pytest.mark.slow
 def test_a_job_that_slurm_kills_loses_no_other(
     tmp_path: Path, slurm: dict[str, str], basic: dict[str, Any]
 ) -> None:
-    command = [*JOBS, *EMBEDDED, *SLURM]
+    command = [*FOUR, *EMBEDDED, *SLURM]
     process = subprocess.Popen(
         [*MI_RUN, *command], cwd=tmp_path, env=slurm, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -160,7 +169,7 @@ def test_a_job_that_slurm_kills_loses_no_other(
     code, out = sweep(tmp_path, *command, env=slurm)
     assert code == 0, out
     assert sorted(statuses(tmp_path)) == ["done"] + ["skipped"] * 3
-    assert artefacts(tmp_path) == basic
+    assert artefacts(tmp_path) == of_jobs(tmp_path, basic)
 
 
 LOCAL = {
@@ -174,7 +183,7 @@ LOCAL = {
 def test_local_launchers_compute_the_same_bytes_and_lose_no_other_job(
     tmp_path: Path, basic: dict[str, Any], name: str
 ) -> None:
-    command = [*JOBS, *EMBEDDED, *LOCAL[name]]
+    command = [*TWELVE, *EMBEDDED, *LOCAL[name]]
     process = subprocess.Popen(
         [*MI_RUN, *command], cwd=tmp_path, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -184,14 +193,14 @@ def test_local_launchers_compute_the_same_bytes_and_lose_no_other_job(
     out, _ = process.communicate()
     if name == "submitit_local":
         assert process.returncode == 75, out
-        assert sorted(statuses(tmp_path)) == ["done"] * 3 + ["interrupted"]
+        assert sorted(statuses(tmp_path)) == ["done"] * 11 + ["interrupted"]
         assert "its process ended without a result" in out
         code, out = sweep(tmp_path, *command)
         assert code == 0, out
     else:
         # Its pool dies with one worker; what had not ended is launched again.
         assert process.returncode == 0, out
-        assert statuses(tmp_path) == ["done"] * 4
+        assert statuses(tmp_path) == ["done"] * 12
     assert artefacts(tmp_path) == basic
 
 
