@@ -88,14 +88,17 @@ def test_every_row_is_listed_with_its_source_before_anything_was_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     main(["papers/wanda", "--judge", "--markdown", "rows.md"])
-    lines = Path("rows.md").read_text().splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert {cell[0] for cell in cells} == set(find_rows("papers/wanda", None))
+    head, _, *lines = Path("rows.md").read_text().splitlines()
+    names, *cells = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in (head, *lines)
+    )
+    rows = [dict(zip(names, cell, strict=True)) for cell in cells]
+    assert {row["row"] for row in rows} == set(find_rows("papers/wanda", None))
     (row,) = [
-        cell for cell in cells if cell[0].endswith("llama2_7b_2_4") and cell[1] == "compressed"
+        row for row in rows if row["row"].endswith("llama2_7b_2_4") and row["model"] == "compressed"
     ]
-    assert (row[3], row[7]) == ("10.17", "NOT RUN")
-    assert row[9] == "Wanda, README of locuslab/wanda 8e8fc87, LLaMA-2 table, SparseGPT"
+    assert (row["expected"], row["verdict"]) == ("10.17", "NOT RUN")
+    assert row["source"] == "Wanda, README of locuslab/wanda 8e8fc87, LLaMA-2 table, SparseGPT"
 
 
 COMMANDS = re.findall(r"^mi-reproduce (.*?)(?: +#.*)?$", README, re.MULTILINE)
