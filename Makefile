@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-JOBS ?= 2
+# One more than the cores of a small machine: some tests wait for servers and processes.
+JOBS ?= 3
 
 .PHONY: run test test-slurm check format lint types clean
 

@@ -158,6 +158,7 @@ def test_a_changed_setting_fails_by_its_name(
     assert f"compressed text: not the same: {cause}\n" in changed.out
 
 
+@pytest.mark.slow
 def test_one_bit_of_the_embedded_weights_fails_before_anything_is_compressed(
     tmp_path: Path,
 ) -> None:
