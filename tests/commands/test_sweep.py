@@ -40,14 +40,14 @@ def statuses(root: Path = Path("sweeps")) -> list[str]:
 
 
 def artefacts(root: Path) -> dict[str, Any]:
-    """Return the content of every run of a sweep by its directory, but for times."""
+    """Return the content of every run of a sweep, but for times and what was there already."""
     found: dict[str, Any] = {}
     for run_dir in run_directories(root):
         for path in sorted(run_dir.rglob("*")):
             if path.is_file() and path.name not in TIMES:
                 found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
         record = json.loads((run_dir / "result.json").read_text())
-        for key in ("seconds", "memory", "resumed"):
+        for key in ("seconds", "memory", "resumed", "reused"):
             del record[key]
         del record["provenance"]["started"]
         found[str(run_dir.relative_to(root))] = record
