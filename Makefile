@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# One more than the cores of a small machine: some tests wait for servers and processes.
-JOBS ?= 3
+JOBS ?= 2
 
 .PHONY: run test test-slurm check format lint types clean
 
