@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from mi_experiments.config import Config
 from mi_experiments.drafting import LOSS_FIELDS, measures_loss, narrow
 from mi_experiments.errors import MiError, NumericalError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.fisher import measure_fisher
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.routing import feed_all_tokens
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights

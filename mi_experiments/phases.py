@@ -8,10 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mi_experiments.config import Config
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel
 from mi_experiments.llm.perplexity import Perplexity, measure_perplexity, plan_waves
-from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.memory_plan import MemoryPlan
 from mi_experiments.pipeline import compress_model

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mi_experiments.config import Config
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.export import LinearGrid
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.replay import Allocate, Stream
+from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.sites import Site
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.twins import Twins

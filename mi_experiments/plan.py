@@ -21,9 +21,9 @@ from mi_experiments.config import Config
 from mi_experiments.drafting import drafting_config, measures_loss
 from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
 from mi_experiments.errors import InputError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import Block, walk_blocks
 from mi_experiments.llm.inventory import take_inventory
-from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.measure import (
     check_weights,

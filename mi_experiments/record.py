@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -313,11 +312,6 @@ def read_linears(run_dir: Path) -> list[LinearReport]:
         LinearReport.from_json(row | {"bits": dict(row["bits"]), "seconds": timing["seconds"]})
         for row, timing in zip(rows, timings, strict=True)
     ]
-
-
-def linears_frame(linears: Sequence[LinearReport]) -> pd.DataFrame:
-    """Return the reports as a table, a row a linear."""
-    return pd.DataFrame([dataclasses.asdict(linear) for linear in linears])
 
 
 def total_bits(linears: Sequence[LinearReport], requested: float) -> Bits:

@@ -8,8 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.loading import OpenModel
-from mi_experiments.llm.replay import Allocate
 from mi_experiments.llm.screening import screen_samples
 from mi_experiments.resume import Commits
 

@@ -26,7 +26,7 @@ def run_directories(root: Path) -> list[Path]:
 
 def mi_reproduce(directory: Path, *arguments: str) -> Ended:
     """Run `mi-reproduce` as a process of its own, without the checks that slow tests down."""
-    program = "from mi_experiments.commands.reproduce import main; main()"
+    program = "from mi_experiments.commands.start import reproduce; reproduce()"
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=directory, env=os.environ, capture_output=True, text=True, check=False,

@@ -238,7 +238,7 @@ def test_what_a_mixture_ignores_are_its_routers(
 
 
 def test_every_choice_is_in_the_help(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
+    command = [sys.executable, "-c", "from mi_experiments.commands.start import run; run()"]
     done = subprocess.run(
         [*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     )

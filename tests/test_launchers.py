@@ -16,7 +16,7 @@ import pytest
 from command_line import run_directories
 from slurm_cluster import ask, missing_programs, slurm_cluster
 
-MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
+MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.start import run; run()"]
 TWELVE = ["-m", "dataset.nsamples=2,4,8", "seed=0,1,2,3"]
 FOUR = ["-m", "dataset.nsamples=2,4", "seed=0,1"]
 """Of the twelve."""

@@ -52,7 +52,7 @@ def mi_run(folder: Path, url: str) -> Ended:
     for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         environment[name] = str(folder / "home")
     environment |= {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
-    code = f"{PATIENCE}\nfrom mi_experiments.commands.run import main\nmain()"
+    code = f"{PATIENCE}\nfrom mi_experiments.commands.start import run\nrun()"
     # A process of the client that stayed behind would keep the pipe open, and this waiting.
     done = subprocess.run(
         [sys.executable, "-c", code, *COMMAND],

@@ -27,7 +27,7 @@ DEFINITION = Path(conf_directory()) / "wandb_sweep.yaml"
 def test_leet_lists_every_job_of_a_sweep_with_its_numbers(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    code = "from mi_experiments.commands.run import main; main()"
+    code = "from mi_experiments.commands.start import run; run()"
     done = subprocess.run(
         [sys.executable, "-c", code, "-m", "wbits.average=3,4", "dataset.nsamples=4", "seed=7",
          "n_groups.count=2", "recipe=textbook", "evaluation.datasets.embedded.max_windows=4",

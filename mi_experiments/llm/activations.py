@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from mi_experiments.errors import InputError
-from mi_experiments.llm.replay import Allocate
+
+Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
+"""Makes room for hidden states of a shape and dtype, wherever they are to live."""
 
 
 class Place(Enum):

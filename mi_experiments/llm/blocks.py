@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.calls import Call, Stop
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.replay import Allocate, Stream, open_stream
+from mi_experiments.llm.replay import Stream, open_stream
 from mi_experiments.llm.sites import Site, find_sites
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.watching import watch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import NumericalError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
 from mi_experiments.llm.calls import Form
 from mi_experiments.llm.perplexity import (
@@ -25,7 +26,7 @@ from mi_experiments.llm.perplexity import (
     open_wave,
     plan_waves,
 )
-from mi_experiments.llm.replay import Allocate, context_limit
+from mi_experiments.llm.replay import context_limit
 from mi_experiments.llm.streaming import BlockWeights
 
 CHUNKS = 4

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
 from mi_experiments.llm.inventory import Inventory, LinearView
 from mi_experiments.llm.perplexity import PROBE_TOKENS, check_tail, compute_logits
-from mi_experiments.llm.replay import Allocate, Stream, open_stream
+from mi_experiments.llm.replay import Stream, open_stream
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.llm.watching import alter
 

@@ -19,10 +19,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
 from mi_experiments.llm.calls import Form, answer
 from mi_experiments.llm.inventory import block_list
-from mi_experiments.llm.replay import Allocate, Stream, context_limit, open_stream
+from mi_experiments.llm.replay import Stream, context_limit, open_stream
 from mi_experiments.llm.streaming import BlockWeights
 
 PROBE_TOKENS = 8

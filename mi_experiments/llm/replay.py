@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, MemoryShortage
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.calls import Call, Form, check_replayable, enter, record_calls, see_form
 from mi_experiments.llm.finite import Screen
 from mi_experiments.shortage import REMEDY, note_retry, until_it_fits
-
-Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
-"""Makes room for hidden states of a shape and dtype, wherever they are to live."""
 
 
 @dataclass(eq=False)

@@ -8,9 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
 from mi_experiments.llm.inventory import block_list
-from mi_experiments.llm.replay import Allocate, open_stream
+from mi_experiments.llm.replay import open_stream
 from mi_experiments.llm.streaming import BlockWeights
 
 

@@ -7,7 +7,7 @@ Every number is one of a record, or of the table that `read_runs`, `add_differen
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from mi_experiments.record import (
     LINEARS,
     LinearReport,
     Result,
-    linears_frame,
     read_linears,
     read_result,
 )
@@ -150,7 +149,7 @@ def gather_details(paths: Sequence[Path], runs: Iterable[str]) -> dict[str, RunD
 
 def linears_with_kinds(linears: Sequence[LinearReport]) -> pd.DataFrame:
     """Return a row a linear with its `kind` and `site_kind`: the names inside the block."""
-    return linears_frame(linears).assign(
+    return pd.DataFrame([asdict(linear) for linear in linears]).assign(
         kind=[below_block(linear.name, linear.block) for linear in linears],
         site_kind=[below_block(linear.site, linear.block) for linear in linears],
     )

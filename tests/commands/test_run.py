@@ -316,7 +316,7 @@ def test_the_composition_reproduces_the_run(mi_run: Callable[..., Ended], local:
         "config.yaml", "hydra.yaml", "overrides.yaml",
     }  # fmt: skip
     assert "- wbits.average=3.5" in (folder / "overrides.yaml").read_text()
-    command = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
+    command = [sys.executable, "-c", "from mi_experiments.commands.start import run; run()"]
     given = [f"--config-path={folder}", "--config-name=config", "hydra.run.dir=second"]
     subprocess.run([*command, *given], check=True, capture_output=True)
     assert read_result(Path("second")).compressed == read_result(Path("first")).compressed

@@ -22,7 +22,7 @@ from mi_experiments import pipeline
 from mi_experiments.record import read_result
 from mi_experiments.run_table import read_runs
 
-MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.run import main; main()"]
+MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.start import run; run()"]
 AXES = ["dataset.nsamples=1,2,3,4", "seed=0,1,2"]
 TIMES = ("run.log", "run.lock", "timings.parquet", "result.json")
 """Files that differ between equal runs."""

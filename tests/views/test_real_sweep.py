@@ -19,7 +19,7 @@ from mi_experiments.views.data import LAYER_METRICS
 def test_a_real_sweep_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = tmp_path / "sweeps" / "real"
     subprocess.run(
-        [sys.executable, "-c", "from mi_experiments.commands.run import main; main()", "-m",
+        [sys.executable, "-c", "from mi_experiments.commands.start import run; run()", "-m",
          "dataset.nsamples=8,32", "seed=0,1", "tracking=disabled", f"hydra.sweep.dir={sweep}"],
         check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
