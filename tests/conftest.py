@@ -1,5 +1,6 @@
 """Shared fixtures: one thread, caches outside the home, and tiny models built without a network."""
 
+import gc
 import os
 import tempfile
 
@@ -15,6 +16,17 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_collection() -> None:
+    """Import the tests, and the libraries with them, without looking for garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every search to come, as the commands do."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

@@ -22,6 +22,7 @@ from mi_experiments import pipeline, provenance, recalled
 from mi_experiments.commands import reproduce, reproduce_rows, run
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.judging import FAIL, NOT_RUN, PASS
+from mi_experiments.record import read_result
 
 QUICK = ["recipe=textbook", "wbits=uniform", "n_groups=contiguous", "sparsity.scope=linear"]
 """No pass to plan by: what is judged here does not depend on how a run plans."""
@@ -195,6 +196,21 @@ def test_the_embedded_set_with_one_thing_changed_fails_by_its_name(
     assert [each["verdict"] for each in verdicts] == [FAIL, FAIL]
     assert {each["why"] for each in verdicts} == {f"not the same: {cause}"}
     assert all(each["ours"] is not None for each in verdicts)
+
+
+def test_a_wrong_dense_model_is_not_compressed(judged: Callable[..., Judged]) -> None:
+    """Nothing is spent on a model that is not the one that the row is about."""
+    wrong = judged("branch", "expected.dense.values.text=4.0")
+    dense, compressed = wrong.verdicts
+    (run_dir,) = Path("outputs").iterdir()
+    result = read_result(run_dir)
+    assert result.status == "failed"
+    assert set(result.dense) == {"text"}
+    assert result.compressed == {}
+    assert result.bits is None
+    assert "compress" not in result.seconds
+    assert compressed["verdict"] == NOT_RUN
+    assert compressed["why"].startswith(f"dense: text {dense['ours']:.4f}: ")
 
 
 def test_a_run_that_was_begun_with_another_bit_is_no_run_of_the_row(
