@@ -131,23 +131,27 @@ def in_pieces(work: Callable[[int, int], T], length: int, unit: str, least: int 
     Raises:
         MemoryShortage: The smallest piece is still too large.
     """
+    return _cover(work, 0, length, length, unit, least)
 
-    def cover(start: int, stop: int) -> list[T]:
-        try:
-            return [work(start, stop)]
-        except (RuntimeError, MemoryError) as error:
-            if not is_shortage(error):
-                raise
-            reason = describe(error)
-        # Only here, outside of the handler, is everything freed that the attempt has held.
-        count = stop - start
-        if count <= least or count < 2:
-            raise MemoryShortage(f"no memory for {count} {unit} ({reason}): {REMEDY}")
-        middle = start + count // 2
-        note_retry(f"{middle - start} of {length} {unit} at a time", reason)
-        return cover(start, middle) + cover(middle, stop)
 
-    return cover(0, length)
+def _cover(
+    work: Callable[[int, int], T], start: int, stop: int, length: int, unit: str, least: int
+) -> list[T]:
+    """Do as `in_pieces` on a part of the range."""
+    try:
+        return [work(start, stop)]
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+        reason = describe(error)
+    # Only here, outside of the handler, is everything freed that the attempt has held.
+    count = stop - start
+    if count <= least or count < 2:
+        raise MemoryShortage(f"no memory for {count} {unit} ({reason}): {REMEDY}")
+    middle = start + count // 2
+    note_retry(f"{middle - start} of {length} {unit} at a time", reason)
+    first = _cover(work, start, middle, length, unit, least)
+    return first + _cover(work, middle, stop, length, unit, least)
 
 
 def until_it_fits(work: Callable[[], T], shrink: Callable[[str], None]) -> T:

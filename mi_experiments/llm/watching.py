@@ -6,10 +6,10 @@ multiplication is looked at, and a weight is known by its place in memory, whate
 used. This works on the meta device too.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
@@ -95,6 +95,7 @@ _CASTS = {
     *(Tensor.to, Tensor.type, Tensor.type_as),
     *(Tensor.double, Tensor.float, Tensor.bfloat16, Tensor.half),
 }
+_WATCHED = {*_PRODUCTS, *_CASTS, Tensor.__getitem__}
 
 
 class _Watcher(TorchFunctionMode):
@@ -119,15 +120,15 @@ class _Watcher(TorchFunctionMode):
         for experts in fused.values():
             self._place(experts[0].parameter, experts)
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    @no_type_check  # of every operation there is, with whatever arguments it takes
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         """Run a function, with the callbacks if it multiplies by a watched weight."""
-        named = dict(kwargs or {})
+        if func in _WATCHED:
+            return self._watch(func, args, dict(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _watch(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Run a function that may multiply, or hand a weight on to one that does."""
         if (product := _PRODUCTS.get(func)) is not None:
             return self._multiply(func, product, args, named)
         result = func(*args, **named)

@@ -155,10 +155,11 @@ def pruning_costs(
         mask_block: Columns whose pattern is chosen together.
     """
     total = torch.zeros(len(kept), dtype=torch.float64)
+    ratios = [keep_parts(parts).ratio for parts in kept]
     for block in torch.split(score, mask_block, dim=1):
         least = block.flatten().argsort(stable=True)
         lost = (block * felt[:, None]).flatten()[least].cumsum(0, dtype=torch.float64)
-        counts = torch.tensor([round(keep_parts(k).ratio * block.numel()) for k in kept])
+        counts = torch.tensor([round(ratio * block.numel()) for ratio in ratios])
         at = lost[(counts - 1).clamp(min=0).to(lost.device)].cpu()
         total += torch.where(counts > 0, at, 0.0)
     return total
