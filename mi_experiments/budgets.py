@@ -8,10 +8,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mi_experiments.config import Config
-from mi_experiments.drafts import DraftLinear, GroupCosts, sparsity_of
+from mi_experiments.drafts import DraftLinear
 from mi_experiments.method.allocation import allocate_bits, allocate_kept
 from mi_experiments.method.pruning import Sparsity, keep_parts, possible_parts
 from mi_experiments.method_config import Allocation, Scope
+from mi_experiments.prices import GroupCosts, sparsity_of
 
 
 def allocate_pruning(drafts: Sequence[DraftLinear], config: Config) -> dict[str, Sparsity]:

@@ -12,6 +12,7 @@ from mi_experiments.errors import require
 from mi_experiments.expected_config import ExpectedConfig
 from mi_experiments.llm.activations import Place
 from mi_experiments.method_config import (
+    Allocation,
     NGroupsConfig,
     RecipeConfig,
     Scope,
@@ -142,6 +143,12 @@ class Config:
         if self.wbits.scope is not Scope.auto:
             return self.wbits.scope
         return Scope.model if self.sparsity.ratio == 0 else Scope.linear
+
+    @property
+    def adapts_groups(self) -> bool:
+        """Whether a site may get fewer groups: where their scales compete for the same bits."""
+        mixed = self.wbits.allocation is Allocation.mixed
+        return self.n_groups.adaptive and mixed and self.bit_scope is Scope.model
 
     def __post_init__(self) -> None:
         """Check what the parts say of each other."""

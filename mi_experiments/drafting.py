@@ -6,6 +6,7 @@ between two jobs that share a draft.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mi_experiments.config import Config
@@ -74,6 +75,7 @@ def drafting_config(config: Config) -> Config:
     if measures_loss(config):
         fields.update(LOSS_FIELDS)
     drafting = narrow(config, fields)
+    drafting.n_groups = replace(config.n_groups, adaptive=config.adapts_groups)
     if mixed:
         drafting.wbits.widths = sorted({*config.wbits.candidate_widths(), *ALL_WIDTHS})
     return drafting

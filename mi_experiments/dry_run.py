@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mi_experiments.config import Config
-from mi_experiments.drafts import sparsity_of
 from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.loading import choose_device
@@ -23,6 +22,7 @@ from mi_experiments.method.grouping import group_sizes
 from mi_experiments.method_config import Allocation
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import needs_activations
+from mi_experiments.prices import sparsity_of
 from mi_experiments.uniform import has_safety_net
 
 ACCELERATORS = (80, 24, 8)

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from mi_experiments.config import Config, Dtype
 from mi_experiments.drafting import measures_loss
-from mi_experiments.drafts import sparsity_of
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Place
@@ -27,6 +26,7 @@ from mi_experiments.llm.loading import choose_device, load_skeleton
 from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.pipeline import corrects_targets
 from mi_experiments.plan import check_count
+from mi_experiments.prices import sparsity_of
 from mi_experiments.uniform import has_safety_net
 
 GIB, MIB = 2**30, 2**20

@@ -223,6 +223,7 @@ class NGroupsConfig:
 
     grouping: Grouping
     count: int
+    adaptive: bool
     multiple: int
     estimator: Estimator
     sample_tokens: int

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mi_experiments.budgets import allocate_pruning, allocate_widths
 from mi_experiments.config import Config
 from mi_experiments.drafting import drafting_config, measures_loss
-from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site, sparsity_of
+from mi_experiments.drafts import UNMEASURED, Draft, DraftLinear, draft_site
 from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import Block, walk_blocks
@@ -37,6 +37,7 @@ from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method_config import Allocation, NGroupsConfig, ScarceTokens
+from mi_experiments.prices import sparsity_of
 from mi_experiments.resume import Commits
 
 

@@ -7,9 +7,10 @@ import torch
 from test_plan import config_of
 
 from mi_experiments.budgets import allocate_pruning, allocate_widths
-from mi_experiments.drafts import DraftLinear, GroupCosts
+from mi_experiments.drafts import DraftLinear
 from mi_experiments.method.allocation import allocate_kept
 from mi_experiments.method.pruning import keep_parts, possible_parts
+from mi_experiments.prices import GroupCosts
 
 
 def falling(rows: int, choices: int, seed: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from mi_experiments.atomic import save_atomically
 from mi_experiments.commands.run import conf_directory
 from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
-from mi_experiments.drafts import Draft, price_groups, price_pruning
+from mi_experiments.drafts import Draft
 from mi_experiments.errors import AuditError, InputError
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.method.grid import fit_grid, scale_groups
@@ -22,6 +22,7 @@ from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, f
 from mi_experiments.method.pruning import Sparsity, possible_parts
 from mi_experiments.pipeline import compress_model
 from mi_experiments.plan import Plan, draft_block, plan_compression
+from mi_experiments.prices import price_groups, price_pruning
 from mi_experiments.verdict import check_sparsity
 
 ROWS, COLUMNS, GROUPS = 6, 12, 3
