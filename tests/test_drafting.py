@@ -103,7 +103,7 @@ SAME = [
     ["wbits.average=2.5"],
     ["wbits.average=7.75"],
     ["wbits.widths=[2,3,4,8]"],
-    ["wbits.scope=model"],
+    ["wbits.scope=model", "n_groups.adaptive=false"],
     ["wbits.fisher_samples=3"],
     ["sparsity.mask_block=64"],
     ["recipe.order=natural", "recipe.refine_rounds=0", "recipe.grid_fit=original"],
@@ -116,6 +116,7 @@ OTHER = [
     ["model.ignore=['*.q_proj']"],
     ["dataset.batch_size=3"],
     ["n_groups.count=3"],
+    ["wbits.scope=model"],  # through n_groups.adaptive
     ["n_groups.multiple=4"],
     ["n_groups=mutual_information"],
     ["n_groups.estimator=gaussian"],
