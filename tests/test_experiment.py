@@ -196,7 +196,7 @@ def test_the_embedded_model_knows_its_floor_and_feels_compression(
 ) -> None:
     base = [
         "wbits=uniform", "n_groups=contiguous", "n_groups.count=1", "recipe=textbook",
-        "evaluation.datasets.embedded.max_windows=60", "tracking=disabled",
+        "evaluation.datasets.embedded.max_windows=60", "tracking=disabled", "dataset.nsamples=32",
     ]  # fmt: skip
     with initialize_config_dir(conf_directory(), version_base="1.3"):
         config = from_hydra(compose("config", overrides=[*base, *choice]))

@@ -138,7 +138,7 @@ def test_without_a_share_it_is_the_one_that_suits_the_tokens(
     other: float,
 ) -> None:
     """Whatever the site of this model, 4 × 16 tokens are few and 96 × 16 enough."""
-    blind = ["wbits=uniform", "n_groups=contiguous"]
+    blind = ["wbits=uniform", "n_groups=contiguous", "dataset.batch_size=32"]
     tokens, weights = tiny_tokens(nsamples, 16), {}
     for value in ("null", share, other):
         overrides = [f"recipe.input_share={value}", "recipe.residual_share=0", *blind]

@@ -105,7 +105,7 @@ def parts(*indices: int) -> list[str]:
 def test_a_budget_sweep_drafts_once_and_gets_the_same_bits(
     run: Callable[..., Result], work: dict[str, int], tmp_path: Path
 ) -> None:
-    budgets = ("wbits.average=4", "wbits.average=2.5", "wbits.scope=model", "wbits.widths=[2,8]")
+    budgets = ("wbits.average=4", "wbits.average=2.5", "wbits.scope=site", "wbits.widths=[2,8]")
     for index, budget in enumerate(budgets):
         result = run(f"shared {index}", budget)
         everything = {"evaluate dense": ["text"], "plan": parts(*range(BLOCKS))}
