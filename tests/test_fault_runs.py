@@ -324,7 +324,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("megabytes", [2, 50])
+@pytest.mark.parametrize("megabytes", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_process_that_may_not_have_the_memory_ends_in_one_line(
     megabytes: int, arguments: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -107,8 +107,8 @@ MOMENTS = {"middle": "records", "end": "artifact"}
 @pytest.mark.parametrize(
     ("moment", "how"),
     [
-        ("middle", "hang"),
         ("end", "stop"),
+        pytest.param("middle", "hang", marks=pytest.mark.slow),
         pytest.param("middle", "stop", marks=pytest.mark.slow),
         pytest.param("end", "hang", marks=pytest.mark.slow),
     ],

@@ -72,7 +72,7 @@ def test_kills_before_some_steps_leave_no_trace(place: Place) -> None:
     """Drawn among the steps from the first candidate on, taking over and tidying included."""
     steps = place.ended.counts["steps"]
     first = next(i for i, step in enumerate(place.ended.trail, 1) if "plan_uniform" in step)
-    for step in sorted(random.Random(0).sample(range(first, steps + 1), 8)):
+    for step in sorted(random.Random(0).sample(range(first, steps + 1), 5)):
         kill_and_continue(place, before=step)
 
 
@@ -83,6 +83,7 @@ def test_kills_before_every_step_leave_no_trace(place: Place) -> None:
         kill_and_continue(place, before=step)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_over_and_over_gets_there(place: Place) -> None:
     """Each process finishes one more part, so that every part is restored by some other process."""
     run_dir = place.fresh()
