@@ -90,8 +90,8 @@ def budget_table(result: Result) -> Table:
 def print_dry_run(outline: Outline, config: Config, console: Console) -> None:
     """Print what a run would do."""
     table = Table(title=f"plan of {config.model.name}: nothing is computed", title_justify="left")
-    most = "at most " if config.adapts_groups else ""
-    for heading in ("blocks", "site", "linears", f"{most}groups", f"{most}effective bits", "MB"):
+    most = ", at most" if config.adapts_groups else ""
+    for heading in ("blocks", "site", "linears", f"groups{most}", f"effective bits{most}", "MB"):
         left = heading == "site"
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
     for site in outline.sites:
