@@ -22,6 +22,7 @@ from mi_experiments.composing import from_hydra
 from mi_experiments.config import Config
 from mi_experiments.drafting import drafting_config
 from mi_experiments.experiment import open_run
+from mi_experiments.group_count import log_price
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.measure import measure_loss
 from mi_experiments.method.grouping import Grouping
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> None:
     configs = {}
     with initialize_config_dir(conf_directory(), version_base="1.3"):
         for grouping in Grouping:
-            chosen = [*overrides, "tracking=disabled", "sparsity=dense"]
+            chosen = [*overrides, "tracking=disabled", "sparsity=dense", "n_groups.adaptive=false"]
             composed = compose("config", [*chosen, f"n_groups={grouping.value}"])
             configs[grouping.value] = from_hydra(composed)
     first = configs["random"]
@@ -74,11 +75,11 @@ def price(run: Run, config: Config) -> dict[str, float]:
     ):
         for linear in draft_block(block, fisher, True, config).linears:
             assert linear.prices is not None
-            sizes = linear.prices.sizes.double()
-            logs = (linear.prices.costs[:, at].double() / sizes).log()
+            weights = int(linear.prices.sizes.sum())
+            mean = log_price(linear.prices.costs[:, at].double(), linear.prices.sizes)
             for kind in (linear.site.removeprefix(f"{block.name}."), "all"):
-                sums[kind][0] += float((sizes * logs).sum())
-                sums[kind][1] += float(sizes.sum())
+                sums[kind][0] += mean * weights
+                sums[kind][1] += weights
     return {kind: total / weights for kind, (total, weights) in sums.items()}
 
 

@@ -142,10 +142,11 @@ def draft_site(
             multiple=groups.multiple,
         )
 
-    channel_group = partition(groups.count)
     if groups.adaptive and hessian is not None and factor is not None:
-        channel_group = best_partition(site, map(partition, range(1, groups.count + 1)), fisher,
-                                       hessian, factor, config)  # fmt: skip
+        partitions = map(partition, range(1, groups.count + 1))
+        channel_group = best_partition(site, partitions, fisher, hessian, factor, config)
+    else:
+        channel_group = partition(groups.count)
     if hessian is not None and summary is not None:
         matrix = None
         stability = split_half_stability(

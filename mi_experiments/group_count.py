@@ -74,7 +74,9 @@ def log_price(costs: Float64[Tensor, "groups"], sizes: Int[Tensor, "groups"]) ->
 
 
 def scale_bits(channel_group: Int[Tensor, "columns"], config: Config) -> float:
-    """Return how many bits of a kept weight are scales and zero points."""
+    """Return how many bits of a kept weight are scales and zero points; inf if none is kept."""
+    if config.sparsity.ratio == 1:
+        return math.inf
     scales = int(scale_groups(channel_group, config.wbits.group_size).max()) + 1
     each = config.recipe.scale_bits + (0 if config.wbits.symmetric else PRICED_AT)
     return scales * each / len(channel_group) / (1 - config.sparsity.ratio)

@@ -65,6 +65,7 @@ def test_a_group_that_loses_nothing_does_not_pay_for_everything() -> None:
         (["wbits.group_size=16"], 6 * (16 + 4) / 96),
         (["recipe.scale_bits=32"], 3 * (32 + 4) / 96),
         (["sparsity.ratio=0.5"], 3 * (16 + 4) / 96 / 0.5),  # of the half that is kept
+        (["sparsity.ratio=1", "sparsity.scope=linear"], math.inf),
     ],
 )
 def test_the_bits_of_scales_are_counted_by_hand(overrides: list[str], expected: float) -> None:
