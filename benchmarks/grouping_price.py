@@ -17,22 +17,21 @@ from pathlib import Path
 import pandas as pd
 from hydra import compose, initialize_config_dir
 
-from mi_experiments.commands.run import conf_directory
-from mi_experiments.composing import from_hydra
-from mi_experiments.config import Config
-from mi_experiments.drafting import drafting_config
-from mi_experiments.experiment import open_run
-from mi_experiments.group_count import log_price
+from mi_experiments.calibration.hessians import measure_loss
+from mi_experiments.config.compose import conf_directory, from_hydra
+from mi_experiments.config.config import Config
+from mi_experiments.config.identity import register_resolvers
+from mi_experiments.experiment.phases import Run
+from mi_experiments.experiment.progress import Progress
+from mi_experiments.experiment.run_experiment import open_run
+from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.llm.blocks import walk_blocks
-from mi_experiments.measure import measure_loss
 from mi_experiments.method.grouping import Grouping
-from mi_experiments.naming import register_resolvers
-from mi_experiments.phases import Run
-from mi_experiments.plan import draft_block
-from mi_experiments.progress import Progress
-from mi_experiments.recorder import Recorder
-from mi_experiments.resume import StopRequest
-from mi_experiments.tracking import Tracker
+from mi_experiments.planning.cost_key import drafting_config
+from mi_experiments.planning.group_count import log_price
+from mi_experiments.planning.site_costs import draft_block
+from mi_experiments.records.recorder import Recorder
+from mi_experiments.records.tracking import Tracker
 
 
 def main(arguments: list[str]) -> None:

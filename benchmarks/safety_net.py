@@ -14,14 +14,13 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from mi_experiments import safety_net
-from mi_experiments.commands.run import conf_directory
-from mi_experiments.composing import from_hydra
-from mi_experiments.experiment import run_experiment
+from mi_experiments.config.compose import conf_directory, from_hydra
+from mi_experiments.experiment import safety_net
+from mi_experiments.experiment.phases import Run, evaluate_text
+from mi_experiments.experiment.progress import Progress
+from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.llm.streaming import BlockWeights
-from mi_experiments.phases import Run, evaluate_text
-from mi_experiments.progress import Progress
-from mi_experiments.tracking import Tracker
+from mi_experiments.records.tracking import Tracker
 
 SEEDS = (0, 1)
 

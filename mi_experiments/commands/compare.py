@@ -12,11 +12,8 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from mi_experiments.atomic import write_atomically
-from mi_experiments.commands.formats import draw, write_table
-from mi_experiments.compare import add_difference, average_over, pivot
-from mi_experiments.errors import InputError, MiError
-from mi_experiments.run_table import (
+from mi_experiments.comparison.formats import draw, write_table
+from mi_experiments.comparison.run_table import (
     AVERAGED,
     COUNT,
     INTERVAL,
@@ -26,9 +23,12 @@ from mi_experiments.run_table import (
     read_runs,
     varying,
 )
-from mi_experiments.selection import select_rows
-from mi_experiments.views.data import Comparison, choose_colour, gather_details
-from mi_experiments.views.page import write_page
+from mi_experiments.comparison.statistics import add_difference, average_over, pivot
+from mi_experiments.comparison.views.data import Comparison, choose_colour, gather_details
+from mi_experiments.comparison.views.page import write_page
+from mi_experiments.comparison.where import select_rows
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.persistence.atomic import write_atomically
 
 PROGRAM = "mi-compare"
 SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".md": "markdown", ".tex": "latex",
@@ -132,7 +132,7 @@ def compare(options: argparse.Namespace) -> None:
             return
     if options.stability:
         # Imported late: only this needs torch.
-        from mi_experiments.agreement import agreement_over
+        from mi_experiments.comparison.group_agreement import agreement_over
 
         shown = agreement_over(runs, options.paths, options.stability)
     elif options.pivot:
@@ -201,12 +201,12 @@ def write_views(comparison: Comparison, options: argparse.Namespace) -> list[str
     notes: list[str] = []
     if options.plots:
         with extra("--plots", "plots"):
-            from mi_experiments.views.plots import write_plots
+            from mi_experiments.comparison.views.plots import write_plots
         drawn, notes = write_plots(comparison, options.plots)
         print(f"{options.plots}: {len(drawn)} plots as PDF and PNG")
     if options.wandb:
         with extra("--wandb", "workspaces"):
-            from mi_experiments.views.workspace import publish_workspace
+            from mi_experiments.comparison.views.workspace import publish_workspace
         print(publish_workspace(comparison, options.paths[0]))
     return notes
 

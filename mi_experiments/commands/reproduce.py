@@ -15,38 +15,32 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
 
-from mi_experiments.atomic import write_atomically
-from mi_experiments.commands.reproduce_plan import plan_job, plan_table, summary
-from mi_experiments.commands.reproduce_rows import (
+from mi_experiments.commands.run import STOP, prepare_process
+from mi_experiments.config.compose import conf_directory, explain, from_hydra
+from mi_experiments.config.identity import asked_config, without_incidental
+from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
+from mi_experiments.experiment.directory import claim, log_file, save_composition
+from mi_experiments.experiment.progress import Progress
+from mi_experiments.persistence.atomic import write_atomically
+from mi_experiments.records.result import RESULT, Evaluation, Result, read_result
+from mi_experiments.reproduction.pin import pin
+from mi_experiments.reproduction.preview import plan_job, plan_table, summary
+from mi_experiments.reproduction.rows import (
     compose_row,
     find_rows,
     find_tables,
     read_conf,
     row_config,
 )
-from mi_experiments.commands.reproduce_status import status_table
-from mi_experiments.commands.run import (
-    STOP,
-    claim,
-    conf_directory,
-    log_file,
-    prepare_process,
-    save_composition,
-)
-from mi_experiments.composing import explain, from_hydra
-from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
-from mi_experiments.judging import FAIL, NOT_RUN, Judgement, judge, setting_changes
-from mi_experiments.pinning import pin
-from mi_experiments.progress import Progress
-from mi_experiments.provenance import asked_config, without_incidental
-from mi_experiments.record import RESULT, Evaluation, Result, read_result
-from mi_experiments.substitution import (
+from mi_experiments.reproduction.status import status_table
+from mi_experiments.reproduction.substitution import (
     other_model,
     set_aside,
     shorten,
     substitute,
     unproved,
 )
+from mi_experiments.reproduction.verdicts import FAIL, NOT_RUN, Judgement, judge, setting_changes
 
 PROGRAM = "mi-reproduce"
 
@@ -211,9 +205,9 @@ def run_row(
     signatures: list[Any],
 ) -> tuple[Result | None, str]:
     """Run a row, or continue or recall it; a wrong dense model ends it before it is compressed."""
-    from mi_experiments.experiment import run_experiment
-    from mi_experiments.recalled import changed_since
-    from mi_experiments.tracking import Tracker
+    from mi_experiments.experiment.run_experiment import run_experiment
+    from mi_experiments.records.tracking import Tracker
+    from mi_experiments.reproduction.unchanged import changed_since
 
     config = from_hydra(composed)
     HydraConfig.instance().set_config(composed)

@@ -1,11 +1,8 @@
 """mi-run: compose one run or a sweep with Hydra, do it, and print what came out."""
 
-import fcntl
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,47 +10,38 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-from mi_experiments.atomic import write_atomically
-from mi_experiments.commands.launchers import leave, stop_signals, threads_of
-from mi_experiments.commands.sweep import run_sweep
-from mi_experiments.commands.sweep_launch import describe_failure
-from mi_experiments.commands.tables import print_dry_run, print_result
-from mi_experiments.composing import explain, from_hydra
-from mi_experiments.config import Config
-from mi_experiments.dry_run import dry_run
-from mi_experiments.errors import InputError, MiError, ResumableError
-from mi_experiments.naming import register_resolvers
-from mi_experiments.progress import Progress
-from mi_experiments.provenance import (
-    INCIDENTAL,
-    asked_config,
-    scrub_argument,
-    without_incidental,
+from mi_experiments.commands.run_tables import print_dry_run, print_result
+from mi_experiments.config.compose import conf_directory, explain, from_hydra
+from mi_experiments.config.identity import (
+    register_resolvers,
 )
-from mi_experiments.record import RESULT, Result, read_result
-from mi_experiments.resume import Commits, StopRequest, read_manifest, refuse_changes
-from mi_experiments.scrubbing import scrub
-from mi_experiments.shortage import map_large_pieces
-from mi_experiments.stored_model import tidy
-from mi_experiments.sweeps import JobEnd
+from mi_experiments.errors import InputError, MiError, ResumableError
+from mi_experiments.experiment.directory import (
+    claim,
+    log_file,
+    recall_composition,
+    save_composition,
+)
+from mi_experiments.experiment.dry_run import dry_run
+from mi_experiments.experiment.progress import Progress
+from mi_experiments.experiment.stop import StopRequest
+from mi_experiments.export.stored_model import tidy
+from mi_experiments.out_of_memory import map_large_pieces
+from mi_experiments.persistence.commits import Commits, read_manifest
+from mi_experiments.sweeps.launch import describe_failure
+from mi_experiments.sweeps.launchers import leave, stop_signals, threads_of
+from mi_experiments.sweeps.outcomes import JobEnd
+from mi_experiments.sweeps.run_sweep import run_sweep
 
 STOP = StopRequest()
 """Asked of the process, and so of every job of a sweep."""
-log = logging.getLogger("mi_experiments")
 # Here, because a launcher's workers import this module, and compose.
 register_resolvers()
-
-
-def conf_directory() -> str:
-    """Return the folder of configs: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    checkout = package.parent / "conf"
-    return str(checkout if (checkout / "config.yaml").is_file() else package / "conf")
 
 
 def main() -> None:
@@ -137,8 +125,8 @@ def do_run(
         print_dry_run(dry_run(config), config, console)
         return None
     # Not before: a dry run and a question for help need neither Weights & Biases nor texts.
-    from mi_experiments.experiment import run_experiment
-    from mi_experiments.tracking import Tracker
+    from mi_experiments.experiment.run_experiment import run_experiment
+    from mi_experiments.records.tracking import Tracker
 
     STOP.check()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -166,102 +154,6 @@ def open_console() -> Console:
     """Return standard output, wide enough for tables where it is no terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
-
-
-def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]) -> DictConfig:
-    """Return the config that a run began with, changed by what is given beside `resume=`.
-
-    Changes that move a number are refused later, by the fingerprint, which shows them.
-
-    Raises:
-        InputError: there is no such run, or a change is a choice of a group.
-    """
-    saved = run_dir / ".hydra" / "config.yaml"
-    if not saved.is_file():
-        raise InputError(f"resume={run_dir}: no run was begun there ({saved} is missing)")
-    config = OmegaConf.load(saved)
-    assert isinstance(config, DictConfig)
-    for override in overrides:
-        key, _, _ = override.lstrip("+~").partition("=")
-        if key == "resume":
-            continue
-        value = "." in key or (key in config and not OmegaConf.is_dict(config[key]))
-        if not value and key not in INCIDENTAL:
-            raise InputError(f"resume={run_dir} goes on with the run's own {key}: leave it out")
-        OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
-    config.resume = None
-    return config
-
-
-def save_composition(composed: DictConfig, run_dir: Path) -> None:
-    """Write what Hydra composed, in Hydra's own layout; its writing would precede the claim."""
-    folder = run_dir / ".hydra"
-    folder.mkdir(exist_ok=True)
-    hydra_config = HydraConfig.get()
-    parts = {
-        "config": scrub(OmegaConf.to_container(composed)),
-        "hydra": {"hydra": scrub(OmegaConf.to_container(hydra_config))},
-        "overrides": [scrub_argument(override) for override in hydra_config.overrides.task],
-    }
-    for name, part in parts.items():
-        write_atomically(folder / f"{name}.yaml", OmegaConf.to_yaml(part).encode())
-
-
-@contextmanager
-def log_file(run_dir: Path) -> Iterator[None]:
-    """Write the project's log to `run.log` and its warnings to standard error."""
-    file = logging.FileHandler(run_dir / "run.log")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    screen = logging.StreamHandler()
-    screen.setLevel(logging.WARNING)
-    # A traceback is for the file; its line on the screen is printed where the command ends.
-    screen.addFilter(lambda record: record.exc_info is None)
-    screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    log.setLevel(logging.INFO)
-    log.addHandler(file)
-    log.addHandler(screen)
-    try:
-        yield
-    except MiError as error:
-        log.info("%s", error)
-        raise
-    except Exception:
-        log.exception("the run ended with an error that nobody expected")
-        raise
-    finally:
-        log.removeHandler(file)
-        log.removeHandler(screen)
-        file.close()
-
-
-@contextmanager
-def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
-    """Hold the run directory alone; yields the result of a run that is complete.
-
-    Raises:
-        InputError: another process holds it, or it holds another run.
-    """
-    with (run_dir / "run.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run_dir} is in use by another run: choose another") from None
-        finished = None
-        if (run_dir / RESULT).exists():
-            try:
-                result = read_result(run_dir)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{run_dir / RESULT} is not a result of this version ({error}): "
-                    "choose another directory (hydra.run.dir=DIR)"
-                ) from error
-            finished = result if result.status == "completed" else None
-        begun = read_manifest(run_dir)
-        if begun is not None:
-            refuse_changes(run_dir, begun["fingerprint"]["config"], asked_config(config))
-        elif finished is not None:
-            refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
-        yield finished
 
 
 def fail(line: str, code: int) -> NoReturn:

@@ -21,11 +21,11 @@ from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.calls import Call, Stop
 from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.matmul_hooks import watch
 from mi_experiments.llm.replay import Stream, open_stream
 from mi_experiments.llm.sites import Site, find_sites
 from mi_experiments.llm.streaming import BlockWeights
-from mi_experiments.llm.watching import watch
-from mi_experiments.shortage import until_it_fits
+from mi_experiments.out_of_memory import until_it_fits
 
 NO_SHAPES = "the shapes in this model depend on its activations, so it has no dry run; run it"
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from mi_experiments.errors import InputError, MemoryShortage
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.calls import Call, Form, check_replayable, enter, record_calls, see_form
-from mi_experiments.llm.finite import Screen
-from mi_experiments.shortage import REMEDY, note_retry, until_it_fits
+from mi_experiments.llm.nonfinite import Screen
+from mi_experiments.out_of_memory import REMEDY, note_retry, until_it_fits
 
 
 @dataclass(eq=False)

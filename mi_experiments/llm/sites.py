@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import LinearView, suggest_patterns
+from mi_experiments.llm.matmul_hooks import watch
 from mi_experiments.llm.replay import Stream
-from mi_experiments.llm.watching import watch
 
 
 @dataclass(frozen=True, eq=False)

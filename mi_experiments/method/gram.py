@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mi_experiments.shortage import in_pieces
+from mi_experiments.out_of_memory import in_pieces
 
 _PANELS = 8
 _NARROWEST_PANEL = 256

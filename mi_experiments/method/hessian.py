@@ -19,7 +19,7 @@ from torch import Tensor
 from mi_experiments.errors import NumericalError, SingularError
 from mi_experiments.method.damping import damp, ladder
 from mi_experiments.method.gram import add_gram_, mirror_
-from mi_experiments.shortage import in_pieces
+from mi_experiments.out_of_memory import in_pieces
 
 _SOLVE_PANEL = 512
 _PHASE_STEP = 2654435769  # 2³² divided by the golden ratio, made odd

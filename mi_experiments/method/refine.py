@@ -22,7 +22,7 @@ from torch import Tensor
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid, store_scale
 from mi_experiments.method.sparsegpt import Swept
-from mi_experiments.shortage import in_pieces
+from mi_experiments.out_of_memory import in_pieces
 
 RIDGE = 1e-4
 """Pull towards the old scale, as a fraction of the curvature."""

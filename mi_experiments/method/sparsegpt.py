@@ -22,7 +22,7 @@ from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid
 from mi_experiments.method.hessian import Factor
 from mi_experiments.method.pruning import Selection, Sparsity, choose_pruned
-from mi_experiments.shortage import in_pieces
+from mi_experiments.out_of_memory import in_pieces
 
 LEAF = 16
 """Sweep positions that are corrected one by one."""

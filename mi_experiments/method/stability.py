@@ -4,12 +4,7 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
-from mi_experiments.method.grouping import (
-    GROUPINGS,
-    Grouping,
-    adjusted_rand_index,
-    group_channels,
-)
+from mi_experiments.method.grouping import GROUPINGS, Grouping, adjusted_rand_index, group_channels
 from mi_experiments.method.hessian import HessianAccumulator, factorize
 from mi_experiments.method.information import Estimator, measure_information
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from command_line import SMALL, Ended
 
-from mi_experiments import pipeline
 from mi_experiments.commands.run import main
+from mi_experiments.compression import pipeline
 
 
 @pytest.fixture

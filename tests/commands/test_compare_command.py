@@ -17,9 +17,9 @@ import pytest
 from synthetic_runs import make_broken_run, make_run
 
 from mi_experiments.commands.compare import main
-from mi_experiments.compare import average_over
-from mi_experiments.record import RESULT
-from mi_experiments.run_table import read_runs
+from mi_experiments.comparison.run_table import read_runs
+from mi_experiments.comparison.statistics import average_over
+from mi_experiments.records.result import RESULT
 
 EXCESS = {("random", 0): 0.1 + 0.2, ("random", 1): 0.34, ("mutual_information", 0): 1 / 7,
           ("mutual_information", 1): 0.26}  # fmt: skip
@@ -313,7 +313,7 @@ def test_a_missing_extra_is_named(
     arguments: list[str], module: str, view: str, name: str, sweep: Path,
     mi_compare: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.delitem(sys.modules, f"mi_experiments.views.{view}", raising=False)
+    monkeypatch.delitem(sys.modules, f"mi_experiments.comparison.views.{view}", raising=False)
     for loaded in [key for key in sys.modules if key.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from command_line import Ended, run_directories
 
-from mi_experiments import pipeline
-from mi_experiments.record import read_result
-from mi_experiments.run_table import read_runs
+from mi_experiments.comparison.run_table import read_runs
+from mi_experiments.compression import pipeline
+from mi_experiments.records.result import read_result
 
 MI_RUN = [sys.executable, "-c", "from mi_experiments.commands.start import run; run()"]
 AXES = ["dataset.nsamples=1,2,3,4", "seed=0,1,2"]

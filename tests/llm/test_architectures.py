@@ -12,14 +12,13 @@ from tiny_models import TINY_CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mi_experiments.commands.run import conf_directory
-from mi_experiments.composing import from_hydra
-from mi_experiments.config import Config
+from mi_experiments.compression.pipeline import CompressedLinear, compress_model
+from mi_experiments.config.compose import conf_directory, from_hydra
+from mi_experiments.config.config import Config
 from mi_experiments.llm.blocks import describe_blocks, walk_blocks
 from mi_experiments.llm.inventory import LinearView, block_list, take_inventory
-from mi_experiments.llm.watching import alter
-from mi_experiments.pipeline import CompressedLinear, compress_model
-from mi_experiments.plan import plan_compression
+from mi_experiments.llm.matmul_hooks import alter
+from mi_experiments.planning.plan import plan_compression
 
 Builder = Callable[..., Any]
 SEQLEN = 12

@@ -6,12 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mi_experiments.errors import NumericalError, SingularError
-from mi_experiments.method.hessian import (
-    HessianAccumulator,
-    SweepOrder,
-    factorize,
-    sweep_order,
-)
+from mi_experiments.method.hessian import HessianAccumulator, SweepOrder, factorize, sweep_order
 
 DOUBLE = torch.float64
 

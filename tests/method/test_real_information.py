@@ -15,15 +15,15 @@ from sklearn.feature_selection import mutual_info_regression
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mi_experiments.config.texts import BosPolicy, Sampling
 from mi_experiments.embedded import MODEL_DIRECTORY, language
 from mi_experiments.llm.blocks import walk_blocks
-from mi_experiments.llm.calibration import Sampling, calibration_tokens
-from mi_experiments.llm.windows import BosPolicy
 from mi_experiments.method.information import (
     binned_information,
     copula_information,
     gaussian_information,
 )
+from mi_experiments.texts.sequences import calibration_tokens
 
 PARTS = 8
 PAIRS = 6

@@ -1,0 +1,1 @@
+"""Measure what the method needs on calibration tokens."""

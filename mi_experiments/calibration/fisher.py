@@ -1,0 +1,249 @@
+"""How much the loss feels each output of each linear: the diagonal of the Fisher information.
+
+For one sequence, the loss L is the sum over its positions of the negative log-likelihood (nats) of
+a label drawn from the model's own prediction at that position: the true Fisher information, not the
+empirical one of the text's next tokens (arXiv:1905.12558). Per output i of a linear y,
+
+    f_i = mean over samples and positions t of (∂L/∂y_ti)²,
+
+the gradient of the whole sum, so with what position t does to later ones. Given the text the labels
+are independent and their scores have mean zero, so that the products of different labels' gradients
+vanish in expectation and f_i is unbiased for the average over t of the diagonal of the Fisher
+information of y_t. To second order, errors of variance δ_i² on the outputs, independent of each
+other and of the text, move the model's predictions by ½ Σ_i f_i δ_i² nats (KL) per position.
+
+Blocks run one at a time: forward, keeping what each of them reads, and then backward, each block
+again from what was kept. That is the chain rule through the hidden states and exact, because a
+block reads nothing else that depends on the tokens (`replay` refuses a model where one does).
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.activations import Allocate
+from mi_experiments.llm.blocks import held
+from mi_experiments.llm.inventory import Inventory, LinearView
+from mi_experiments.llm.logits import PROBE_TOKENS, check_tail, compute_logits
+from mi_experiments.llm.matmul_hooks import alter
+from mi_experiments.llm.replay import Stream, open_stream
+from mi_experiments.llm.streaming import BlockWeights
+
+POSITIONS_CHUNK = 64
+"""Positions whose logits and probabilities exist at one time."""
+
+
+def measure_fisher(
+    model: PreTrainedModel,
+    tokens: Int64[Tensor, "nsamples seqlen"],
+    inventory: Inventory,
+    *,
+    seed: int,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    on_block: Callable[[str], None] | None = None,
+) -> dict[str, Float[Tensor, "_rows"]]:
+    """Measure the mean squared gradient of the loss on every output of the linears to compress.
+
+    Every block runs twice on each sample, forward and then forward and backward, and is loaded as
+    often; the first one once more, to see how it is called. At its peak, memory where blocks run
+    holds the weights outside the blocks, one block, and what autograd keeps of one sample in it;
+    between the two passes logits and float64 probabilities of `POSITIONS_CHUNK` positions. Wherever
+    `allocate` makes room are the kept inputs of all blocks and the gradient that goes back through
+    them, (blocks + 1) × nsamples × seqlen × hidden numbers in the dtype of the model; an input goes
+    when its block has been passed again. No parameter gets a gradient.
+
+    The labels of a sample depend on its tokens and the seed alone, so the result does not depend on
+    the order of samples, and that of a set is the mean of those of its parts, up to rounding.
+
+    Args:
+        model: A causal language model in eval mode, on its device; ambient modes of autograd
+            (no_grad, inference_mode) do not matter.
+        tokens: Token ids; samples are not padded.
+        inventory: The model's linears.
+        seed: Of the labels.
+        weights: Loads each block when its turn comes and drops it afterwards; None for a model that
+            holds all its weights.
+        allocate: Makes room for hidden states; by default where blocks run.
+        on_block: Called with the name of each block after its forward, and after its backward pass.
+
+    Returns:
+        f in (nats per unit of output)² by name of the linear, never negative, in float32 (float64
+        for a model in float64) on the device of the linear. A position that a linear does not read,
+        as with routed experts, counts as zero, so that f is comparable over the whole model; of an
+        expert that reads none it is zero.
+
+    Raises:
+        InputError: If no sample reaches one of the linears, or the model cannot be run block by
+            block, see `open_stream`.
+        NumericalError: If a sample's hidden states or gradients are not finite.
+        ValueError: If there is no token, or the model is in training mode.
+    """
+    if tokens.numel() == 0:
+        raise ValueError("there is no token")
+    if model.training:
+        raise ValueError("the model must be in eval mode: dropout would change the gradients")
+    path, modules = inventory.path, inventory.modules
+    names = [f"{path}.{index}" for index in range(len(modules))]
+    sums: dict[str, Tensor] = {}
+    # Tensors made in inference mode cannot enter a graph, hence the copy of the tokens.
+    with torch.inference_mode(False), torch.enable_grad():
+        tokens = tokens.clone()
+        with held(weights, 0):
+            stream = open_stream(model, path, modules, tokens, 1, allocate)
+        check_tail(model, modules, stream, PROBE_TOKENS)
+        entering: list[Stream] = []
+        for index, name in enumerate(names):
+            entering.append(stream)
+            stream = stream.fork()
+            with held(weights, index):
+                stream.advance(name, modules[index])
+            if on_block is not None:
+                on_block(name)
+        _turn_round(model, modules, stream, tokens, seed)
+        for index, name in reversed(list(enumerate(names))):
+            with held(weights, index):
+                linears = inventory.linears[index]
+                sums |= _go_back(modules[index], linears, entering.pop(), stream.hidden)
+            if on_block is not None:
+                on_block(name)
+        _complete(list(itertools.chain(*inventory.linears)), sums)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return {
+            linear.name: (sums[linear.name] / tokens.numel()).to(dtype)
+            for linear in itertools.chain(*inventory.linears)
+        }
+
+
+def draw_uniforms(tokens: Int64[Tensor, "seqlen"], seed: int) -> Float64[Tensor, "seqlen"]:
+    """Draw a number in [0, 1) per position, always on the CPU, from the seed and the tokens."""
+    digest = hashlib.blake2b(f"{seed} {tokens.tolist()}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest))
+    return torch.rand(len(tokens), dtype=torch.float64, generator=generator)
+
+
+def sample_labels(
+    probabilities: Float[Tensor, "positions vocabulary"], uniforms: Float64[Tensor, "positions"]
+) -> Int64[Tensor, "positions"]:
+    """Invert the cumulative distribution: the same labels on every device, up to rounding.
+
+    Args:
+        probabilities: Of each label; a row need not sum to exactly one.
+        uniforms: In [0, 1), on any device.
+    """
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    thresholds = uniforms.to(total.device)[:, None] * total
+    # Strictly between: the first sum above a threshold below the total is never that of a label of
+    # probability zero. The last clamp serves rows with a NaN, which point beyond the vocabulary.
+    thresholds = thresholds.minimum(total.nextafter(torch.zeros_like(total)))
+    labels = torch.searchsorted(cumulative, thresholds, right=True)[:, 0]
+    return labels.clamp(max=probabilities.shape[1] - 1)
+
+
+@torch.no_grad()
+def _score(
+    logits: Float[Tensor, "positions vocabulary"], uniforms: Float64[Tensor, "positions"]
+) -> Float[Tensor, "positions vocabulary"]:
+    """Return ∂L/∂logits = p − e_label."""
+    # Not in half precision: p rounds to 1 where the model is sure, and the score to 0.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    probabilities = logits.softmax(-1, dtype=dtype)
+    labels = sample_labels(probabilities, uniforms)
+    probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return probabilities.to(logits.dtype)
+
+
+def _turn_round(
+    model: PreTrainedModel,
+    modules: nn.ModuleList,
+    stream: Stream,
+    tokens: Int64[Tensor, "nsamples seqlen"],
+    seed: int,
+) -> None:
+    """Put the gradient of the loss in the place of what the last block returned."""
+    for index, (sample, hidden) in enumerate(zip(tokens, stream.samples(), strict=True)):
+        uniforms = draw_uniforms(sample, seed)
+        for start in range(0, len(sample), POSITIONS_CHUNK):
+            chunk = slice(start, start + POSITIONS_CHUNK)
+            leaf = hidden[chunk].detach().requires_grad_()
+            logits = compute_logits(model, modules, stream.form, leaf)
+            # Not backward(), which would leave gradients on whatever parameter still asks for one.
+            (gradient,) = torch.autograd.grad(logits, leaf, _score(logits, uniforms[chunk]))
+            _check_finite(gradient, stream, index, "the model's last hidden states")
+            stream.hidden[index, chunk] = gradient
+
+
+def _go_back(
+    module: nn.Module,
+    linears: Sequence[LinearView],
+    stream: Stream,
+    gradients: Float[Tensor, "nsamples seqlen hidden"],
+) -> dict[str, Tensor]:
+    """Take the gradient of the loss from a block's output to its input, overwriting it.
+
+    Args:
+        module: The block.
+        linears: Its linears.
+        stream: What the block reads.
+        gradients: On its output.
+
+    Returns:
+        Σ over samples and positions of (∂L/∂y_t)² in float64, for each linear that is reached.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def collect(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
+        # Here and not in the backward pass, which does not visit outputs without influence.
+        if linear.name not in sums:
+            sums[linear.name] = output.new_zeros(output.shape[-1], dtype=torch.float64)
+
+        def add(gradient: Tensor) -> None:
+            exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+            squares = exact.flatten(0, -2).square()
+            sums[linear.name] += squares.sum(dim=0, dtype=torch.float64)
+
+        output.register_hook(add)  # type: ignore[no-untyped-call]
+        return output
+
+    for index, hidden, call in stream.batches():
+        leaf = hidden.detach().requires_grad_()
+        with alter(linears, collect):
+            output = call.replay(module, leaf)
+        gradient = gradients[index : index + 1]
+        gradient.copy_(torch.autograd.grad(output, leaf, gradient.to(stream.device))[0])
+        # The last one that runs is where it began.
+        for name, total in reversed(sums.items()):
+            _check_finite(total, stream, index, name)
+    return sums
+
+
+def _check_finite(gradient: Tensor, stream: Stream, index: int, where: str) -> None:
+    """Raise, naming the sample, if a gradient has a NaN or an infinity."""
+    if not gradient.isfinite().all():
+        sample, dtype = stream.screen.names[index], stream.hidden.dtype
+        advice = "; try model.dtype=float32" if dtype.itemsize < 4 else ""
+        raise NumericalError(f"{sample}: the gradients on {where} are not finite ({dtype}){advice}")
+
+
+def _complete(linears: Sequence[LinearView], sums: dict[str, Tensor]) -> None:
+    """Add zeros for the experts that no token is routed to, which the loss does not feel.
+
+    Raises:
+        InputError: If another linear, or all experts of a parameter, are not called.
+    """
+    called = {linear.parameter_name: sums[linear.name] for linear in linears if linear.name in sums}
+    for linear in linears:
+        if linear.expert is not None and linear.parameter_name in called:
+            sums.setdefault(linear.name, torch.zeros_like(called[linear.parameter_name]))
+    if unread := [linear.name for linear in linears if linear.name not in sums]:
+        raise InputError(
+            f"no sample reaches {len(unread)} linears, {unread[0]} first; "
+            "match what the model does not call by a pattern of model.ignore"
+        )

@@ -1,0 +1,253 @@
+"""Records of many runs as one table, a row a (run, evaluation text), and in what its rows differ.
+
+A column is a setting (what was asked, by its key in the config or the short name in `SHORT`), a
+result, or one of `run`, `status` and `error`. Failed and unfinished runs are rows like all others;
+what they have no number for is missing, and nothing is ever averaged across two statuses.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mi_experiments.errors import InputError
+from mi_experiments.records.result import RESULT, Result, read_result
+
+SHORT = {
+    "model.name": "model",
+    "dataset.corpus": "dataset",
+    "seed": "seed",
+    "dataset.nsamples": "nsamples",
+    "sparsity.ratio": "sparsity",
+    "wbits.average": "wbits",
+    "wbits.allocation": "allocation",
+    "wbits.scope": "scope",
+    "n_groups.grouping": "grouping",
+    "n_groups.count": "n_groups",
+    "recipe.name": "recipe",
+}
+"""Columns of the settings that are named most, by config key; every other key is its own column."""
+
+SYNONYMS = SHORT | {"perplexity": "compressed"}
+"""Other names of columns."""
+
+DOTTED = {short: key for key, short in SHORT.items()}
+RESULTS = ("realised_sparsity", "average_bits", "effective_bits", "dense", "compressed", "excess",
+           "difference", "seconds", "peak_memory")  # fmt: skip
+AVERAGED = ("average_bits", "effective_bits", "compressed", "excess", "difference", "seconds")
+INTERVAL, COUNT = "_ci95", "_n"
+PROVENANCE = ("numerics_version", "device", "tokens_sha256")
+"""Known once a run has begun, and as good a reason as a setting to keep two runs apart."""
+
+NO_SETTING = {"run", "status", "error", "runs", *RESULTS} | {
+    f"{name}{suffix}" for name in AVERAGED for suffix in (INTERVAL, COUNT)
+}
+BOOKKEEPING = re.compile(r"tracking\..*|expected(\..*)?|export|reuse|dry_run")
+"""Keys that cannot move a number: runs that differ in nothing else are alike."""
+
+
+def read_runs(paths: Sequence[Path]) -> pd.DataFrame:
+    """Read every run at or below the paths, a row for each of its evaluation texts.
+
+    Columns: `dense` and `compressed` are perplexities, `excess` is the compressed model's mean
+    negative log-likelihood above the dense one's, nats per token; `average_bits` and
+    `effective_bits` are per weight; `seconds` is the sum over all phases and `peak_memory` the
+    larger of host and accelerator, bytes. What a record does not have is missing (NaN).
+
+    Raises:
+        InputError: a path is no directory, has no run below it, or a record cannot be read.
+    """
+    rows: list[dict[str, Any]] = []
+    for directory, name in find_runs(paths).items():
+        try:
+            rows += run_rows(name, read_result(directory))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            line = f"{type(error).__name__}: {error}"
+            raise InputError(f"{directory / RESULT} is no record of a run: {line}") from error
+    leading = ["run", "status", *SHORT.values(), "text", *RESULTS, "error", *PROVENANCE]
+    leading.remove("difference")
+    found = dict.fromkeys(key for row in rows for key in row)
+    return pd.DataFrame(rows, columns=leading + [name for name in found if name not in leading])
+
+
+def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
+    """Name every run directory: relative to its path where that is unique, else as given."""
+    found: dict[Path, tuple[Path, Path]] = {}
+    for root in paths:
+        if not root.is_dir():
+            raise InputError(f"{root} is no directory: give run directories, sweeps or trees")
+        runs = sorted((file.parent for file in root.rglob(RESULT)), key=natural_order)
+        if not runs:
+            raise InputError(f"{root} holds no run: there is no {RESULT} at or below it")
+        for run in runs:
+            found.setdefault(run.resolve(), (root, run))
+    names = {
+        run: directory.name if directory == root else directory.relative_to(root).as_posix()
+        for run, (root, directory) in found.items()
+    }
+    if len(set(names.values())) < len(names) or "" in names.values():
+        names = {run: str(directory) for run, (_, directory) in found.items()}
+    return names
+
+
+def natural_order(path: Path) -> list[str | int]:
+    """Return a sort key by which job 2 of a sweep comes before job 10."""
+    parts = re.split(r"(\d+)", str(path))
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
+
+
+def run_rows(name: str, result: Result) -> list[dict[str, Any]]:
+    """Return the rows of one run; of the texts' own settings, a row has those of its text."""
+    config = dict(flatten(result.config))
+    asked = result.config.get("evaluation", {}).get("datasets", {})
+    run = {
+        "run": name,
+        "status": result.status,
+        "error": missing(result.error),
+        "realised_sparsity": missing(result.sparsity),
+        "average_bits": result.bits.average if result.bits else math.nan,
+        "effective_bits": result.bits.effective if result.bits else math.nan,
+        "seconds": sum(result.seconds.values()) if result.seconds else math.nan,
+        "peak_memory": max(result.memory.values(), default=math.nan),
+        "numerics_version": result.provenance.numerics_version if result.provenance else math.nan,
+        "device": result.provenance.device if result.provenance else math.nan,
+    }
+    rows = []
+    for text in dict.fromkeys([*asked, *result.dense, *result.compressed]) or [None]:
+        dense, compressed = result.dense.get(text or ""), result.compressed.get(text or "")
+        settings = {
+            SHORT.get(key, key): value
+            for key, value in config.items()
+            if not key.startswith("evaluation.datasets.") or belongs(key, text)
+        }
+        results = {
+            "text": missing(text),
+            "dense": dense.perplexity if dense else math.nan,
+            "compressed": compressed.perplexity if compressed else math.nan,
+            "excess": compressed.nll - dense.nll if dense and compressed else math.nan,
+            "tokens_sha256": dense.tokens_sha256 if dense else math.nan,
+        }
+        rows.append(settings | run | results)
+    return rows
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; a list becomes its JSON text, so that it can be compared."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value) if isinstance(value, list) else missing(value)
+
+
+def missing(value: Any) -> Any:
+    """Return NaN for None: the one mark of a missing value."""
+    return math.nan if value is None else value
+
+
+def belongs(key: str, text: object) -> bool:
+    """Tell whether a key is one of an evaluation text's own settings."""
+    return key.startswith(f"evaluation.datasets.{text}.")
+
+
+def find_column(frame: pd.DataFrame, name: str) -> str:
+    """Return the column of a name: its own, a config key, or `perplexity`.
+
+    Raises:
+        InputError: there is none.
+    """
+    column = SYNONYMS.get(name, name)
+    if column in frame:
+        return column
+    near = difflib.get_close_matches(name, [*frame.columns, *SYNONYMS], n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    some = ", ".join(frame.columns[:20])
+    raise InputError(f"unknown column {name}{hint} (text needs quotes; columns: {some}, …)")
+
+
+def find_settings(frame: pd.DataFrame, names: Iterable[str], option: str) -> list[str]:
+    """Return the columns of settings by name; results are refused."""
+    columns = [find_column(frame, name) for name in names]
+    for column in set(columns) & NO_SETTING:
+        raise InputError(f"{option} {column} is not allowed: it is no setting of the runs")
+    return columns
+
+
+def settings(frame: pd.DataFrame) -> list[str]:
+    """Return the columns of settings."""
+    return [name for name in frame if name not in NO_SETTING]
+
+
+def varying(frame: pd.DataFrame) -> list[str]:
+    """Return the settings in which runs differ, without `tracking`, `export` and mere copies.
+
+    A copy is a key that has the value of a shorter or earlier key of the same last name in every
+    row, as `dataset.seed` has that of `seed` unless it is set.
+    """
+    names = [
+        name for name in settings(frame) if not BOOKKEEPING.fullmatch(name) and differs(frame, name)
+    ]
+    order = {name: (DOTTED.get(name, name).count("."), names.index(name)) for name in names}
+    return [
+        name
+        for name in names
+        if not any(order[other] < order[name] and is_copy(frame, name, other) for other in names)
+    ]
+
+
+def differs(frame: pd.DataFrame, name: str) -> bool:
+    """Tell whether a setting has two values; one of a text is compared within that text."""
+    if name == "tokens_sha256" and "text" in frame:
+        return bool((frame.groupby("text")[name].nunique() > 1).any())
+    values = frame.loc[own_rows(frame, name), name]
+    return int(values.nunique(dropna=name in PROVENANCE)) > 1
+
+
+def own_rows(frame: pd.DataFrame, name: str) -> pd.Series:
+    """Mark the rows that can have a setting: all, or those of the text that it belongs to."""
+    if not name.startswith("evaluation.datasets.") or "text" not in frame:
+        return pd.Series(True, frame.index)
+    return frame["text"].map(lambda text: belongs(name, text)).astype(bool)
+
+
+def is_copy(frame: pd.DataFrame, name: str, other: str) -> bool:
+    """Tell whether a setting has the value of another of the same last name in all of its rows."""
+    if DOTTED.get(name, name).split(".")[-1] != DOTTED.get(other, other).split(".")[-1]:
+        return False
+    rows = frame.loc[own_rows(frame, name)]
+    return cells(rows[[name]]) == cells(rows[[other]])
+
+
+def stands_for(frame: pd.DataFrame, columns: Iterable[str]) -> set[str]:
+    """Return settings with all that follow them: their copies, and what a config's name names."""
+    found = set(columns)
+    for column in list(found):
+        key = DOTTED.get(column, column)
+        group = key.removesuffix("name") if key.endswith(".name") else None
+        found |= {
+            other
+            for other in settings(frame)
+            if is_copy(frame, other, column)
+            or (group and DOTTED.get(other, other).startswith(group))
+        }
+    return found
+
+
+def cells(frame: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """Return the rows as tuples that compare equal where values are missing in both."""
+    rows = frame.itertuples(name=None)
+    return [tuple(None if pd.isna(cell) else cell for cell in row[1:]) for row in rows]
+
+
+def show_value(cell: object) -> str:
+    """Write a setting as on the command line: `3`, `true`, `null`, `random`."""
+    if pd.isna(cell):
+        return "null"
+    if isinstance(cell, float):
+        return f"{cell:g}"
+    return str(cell).lower() if pd.api.types.is_bool(cell) else str(cell)

@@ -1,0 +1,1 @@
+"""Prune and quantize every linear, block after block."""

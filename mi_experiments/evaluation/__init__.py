@@ -1,0 +1,1 @@
+"""Evaluate the dense and the compressed model."""

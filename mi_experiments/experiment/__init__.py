@@ -1,0 +1,1 @@
+"""Run one experiment from beginning to end."""

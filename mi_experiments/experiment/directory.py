@@ -1,0 +1,117 @@
+"""A run directory: its lock, its log and its composed config."""
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from mi_experiments.config.config import Config
+from mi_experiments.config.identity import INCIDENTAL, asked_config, without_incidental
+from mi_experiments.config.secrets import scrub
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.persistence.atomic import write_atomically
+from mi_experiments.persistence.commits import read_manifest, refuse_changes
+from mi_experiments.records.provenance import scrub_argument
+from mi_experiments.records.result import RESULT, Result, read_result
+
+log = logging.getLogger("mi_experiments")
+
+
+@contextmanager
+def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
+    """Hold the run directory alone; yields the result of a run that is complete.
+
+    Raises:
+        InputError: another process holds it, or it holds another run.
+    """
+    with (run_dir / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{run_dir} is in use by another run: choose another") from None
+        finished = None
+        if (run_dir / RESULT).exists():
+            try:
+                result = read_result(run_dir)
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{run_dir / RESULT} is not a result of this version ({error}): "
+                    "choose another directory (hydra.run.dir=DIR)"
+                ) from error
+            finished = result if result.status == "completed" else None
+        begun = read_manifest(run_dir)
+        if begun is not None:
+            refuse_changes(run_dir, begun["fingerprint"]["config"], asked_config(config))
+        elif finished is not None:
+            refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
+        yield finished
+
+
+@contextmanager
+def log_file(run_dir: Path) -> Iterator[None]:
+    """Write the project's log to `run.log` and its warnings to standard error."""
+    file = logging.FileHandler(run_dir / "run.log")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    screen = logging.StreamHandler()
+    screen.setLevel(logging.WARNING)
+    # A traceback is for the file; its line on the screen is printed where the command ends.
+    screen.addFilter(lambda record: record.exc_info is None)
+    screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log.setLevel(logging.INFO)
+    log.addHandler(file)
+    log.addHandler(screen)
+    try:
+        yield
+    except MiError as error:
+        log.info("%s", error)
+        raise
+    except Exception:
+        log.exception("the run ended with an error that nobody expected")
+        raise
+    finally:
+        log.removeHandler(file)
+        log.removeHandler(screen)
+        file.close()
+
+
+def save_composition(composed: DictConfig, run_dir: Path) -> None:
+    """Write what Hydra composed, in Hydra's own layout; its writing would precede the claim."""
+    folder = run_dir / ".hydra"
+    folder.mkdir(exist_ok=True)
+    hydra_config = HydraConfig.get()
+    parts = {
+        "config": scrub(OmegaConf.to_container(composed)),
+        "hydra": {"hydra": scrub(OmegaConf.to_container(hydra_config))},
+        "overrides": [scrub_argument(override) for override in hydra_config.overrides.task],
+    }
+    for name, part in parts.items():
+        write_atomically(folder / f"{name}.yaml", OmegaConf.to_yaml(part).encode())
+
+
+def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]) -> DictConfig:
+    """Return the config that a run began with, changed by what is given beside `resume=`.
+
+    Changes that move a number are refused later, by the fingerprint, which shows them.
+
+    Raises:
+        InputError: there is no such run, or a change is a choice of a group.
+    """
+    saved = run_dir / ".hydra" / "config.yaml"
+    if not saved.is_file():
+        raise InputError(f"resume={run_dir}: no run was begun there ({saved} is missing)")
+    config = OmegaConf.load(saved)
+    assert isinstance(config, DictConfig)
+    for override in overrides:
+        key, _, _ = override.lstrip("+~").partition("=")
+        if key == "resume":
+            continue
+        value = "." in key or (key in config and not OmegaConf.is_dict(config[key]))
+        if not value and key not in INCIDENTAL:
+            raise InputError(f"resume={run_dir} goes on with the run's own {key}: leave it out")
+        OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+    config.resume = None
+    return config

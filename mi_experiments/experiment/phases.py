@@ -1,0 +1,270 @@
+"""The phases of a run: each takes up what was finished earlier, and commits what it does."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mi_experiments.calibration.drop_nonfinite import screen_calibration
+from mi_experiments.compression.pipeline import compress_model
+from mi_experiments.compression.totals import totals
+from mi_experiments.config.config import Config
+from mi_experiments.evaluation.perplexity import Perplexity, measure_perplexity
+from mi_experiments.experiment.memory_plan import MemoryPlan
+from mi_experiments.experiment.progress import Progress
+from mi_experiments.experiment.reuse import Reuse
+from mi_experiments.experiment.stop import StopRequest
+from mi_experiments.export.stored_model import StoredModel
+from mi_experiments.llm.activations import Allocate
+from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.loading import OpenModel
+from mi_experiments.llm.logits import plan_waves
+from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.persistence.commits import Commits
+from mi_experiments.planning.plan import Plan, count_steps, plan_compression
+from mi_experiments.records.recorder import Recorder
+from mi_experiments.records.result import LINEARS, Evaluation, LinearReport
+from mi_experiments.records.tracking import Tracker
+from mi_experiments.texts.sources import EvaluationText
+
+PLAN = "plan.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a run works with.
+
+    Attributes:
+        config: of the run.
+        opened: model, tokenizer, and the original weights by block.
+        texts: for evaluation.
+        calibration: token ids.
+        held_out: token ids of the same text on which nothing is measured; None without a safety
+            net.
+        commits: what is finished.
+        stored: the compressed blocks.
+        memory: what lives where.
+        reuse: what other jobs have computed.
+        allocate: makes room for hidden states.
+        recorder: of the result.
+        tracker: of the run.
+        progress: draws the bars.
+        stop: a wish to stop, granted between blocks.
+    """
+
+    config: Config
+    opened: OpenModel
+    texts: Sequence[EvaluationText]
+    calibration: Int[Tensor, "nsamples seqlen"]
+    held_out: Int[Tensor, "sequences seqlen"] | None
+    commits: Commits
+    stored: StoredModel
+    memory: MemoryPlan
+    reuse: Reuse
+    allocate: Allocate
+    recorder: Recorder
+    tracker: Tracker
+    progress: Progress
+    stop: StopRequest
+
+
+def screen(run: Run) -> Run:
+    """Leave out the calibration samples that are not finite in the dense model."""
+    with run.progress.task("screen", total=len(run.opened.weights.blocks)) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        calibration, dropped = screen_calibration(
+            run.opened,
+            run.calibration,
+            run.config.dataset.batch_size,
+            allocate=run.allocate,
+            commits=run.commits,
+            on_block=on_block,
+        )
+    run.recorder.update(dropped=dropped)
+    return replace(run, calibration=calibration)
+
+
+def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
+    """Measure the perplexity of the dense or the compressed model on every text, once."""
+    evaluations: dict[str, Evaluation] = {}
+    for index, text in enumerate(run.texts):
+        name = f"evaluations/{phase}-{index:03}.json"
+        row = run.commits.read_json(name)
+        if row is None:
+            row = asdict(evaluate_text(run, text, weights, phase))
+            run.commits.commit({name: json.dumps(row, indent=1).encode()})
+        evaluations[text.name] = Evaluation(**row)
+        run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
+        run.recorder.update(**{phase: dict(evaluations)})
+
+
+def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: str) -> Evaluation:
+    """Measure the perplexity of a model on one text; of the dense one, if no other job has."""
+    evaluation = run.config.evaluation
+    wave_tokens = run.memory.wave_tokens
+    waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
+    steps = waves * len(weights.blocks)
+    with run.progress.task(f"{phase} {text.name}", total=steps) as advance:
+
+        def on_block() -> None:
+            advance()
+            run.stop.check()
+
+        def measure() -> Perplexity:
+            return measure_perplexity(
+                weights.model,
+                text.windows,
+                batch_tokens=evaluation.batch_tokens,
+                logits_chunk=evaluation.logits_chunk,
+                path=weights.path,
+                weights=weights,
+                allocate=run.allocate,
+                wave_tokens=wave_tokens,
+                on_block=on_block,
+            )
+
+        dense = phase == "dense"
+        measured = (
+            run.reuse.perplexity(text.name, text.windows, wave_tokens, measure)
+            if dense
+            else measure()
+        )
+    return Evaluation(
+        protocol=evaluation.protocol,
+        windows=text.cut,
+        seqlen=text.seqlen,
+        nll=measured.nll,
+        perplexity=measured.perplexity,
+        standard_error=measured.standard_error,
+        tokens=measured.tokens,
+        count=measured.windows,
+        dropped_tokens=text.dropped_tokens,
+        tokens_sha256=text.sha256,
+        floor=text.floor,
+        bos=text.bos,
+    )
+
+
+def make_plan(run: Run) -> Plan:
+    """Return the plan: the committed one, or a new one."""
+    committed = run.commits.read_tensors(PLAN)
+    if committed is None:
+        blocks = len(run.opened.weights.blocks)
+        steps = count_steps(blocks, run.config)
+        with (
+            run.progress.task("plan", total=steps) as advance,
+            run.reuse.plan(run.commits, run.calibration, blocks) as share,
+        ):
+
+            def on_block(block: str) -> None:
+                advance(block)
+                share()
+                run.stop.check()
+
+            plan = plan_compression(
+                run.opened.model,
+                run.calibration,
+                run.config,
+                on_block,
+                weights=run.opened.weights,
+                allocate=run.allocate,
+                hessian_bytes=run.memory.hessian_bytes,
+                commits=run.commits,
+            )
+        # Before it is written: a plan that came out differently must not take the place of one.
+        run.commits.bind("plan", plan.fingerprint())
+        run.commits.commit({PLAN: plan.stored()})
+    else:
+        plan = Plan.read(*committed)
+        run.commits.bind("plan", plan.fingerprint())
+    return plan
+
+
+def compress(run: Run, plan: Plan) -> None:
+    """Compress the model, store each block when it is finished, and record every linear."""
+    compress_blocks(run, plan, run.stored, lambda report: keep(run, report))
+    conclude(run, plan)
+
+
+def keep(run: Run, report: LinearReport) -> None:
+    """Take a linear into the records of the run."""
+    run.recorder.linears.append(report)
+    run.tracker.log_linear(report)
+
+
+def compress_blocks(
+    run: Run,
+    plan: Plan,
+    stored: StoredModel,
+    record: Callable[[LinearReport], None],
+    title: str = "compress",
+) -> None:
+    """Compress all blocks by a plan, but for those that are stored already.
+
+    Args:
+        run: whose model it is.
+        plan: groups and widths of every linear.
+        stored: receives each block when it is finished.
+        record: called for each linear, in order, now or from an earlier process.
+        title: of the bar.
+    """
+    count = len(run.opened.weights.blocks)
+    finished = [block for block in range(count) if stored.find(block)]
+    with run.progress.task(title, total=len(plan.linears)) as advance:
+
+        def on_linear(report: LinearReport) -> None:
+            record(report)
+            advance(
+                f"block {report.block} {report.name.split('.')[-1]} "
+                f"{report.average_bits:.2f} bits, error {report.output_error:.4f}"
+            )
+
+        def recall(block: int) -> None:
+            for report in stored.reports(block):
+                record(report)
+                advance(f"block {block}: finished earlier")
+
+        def restore(block: int) -> bool:
+            run.stop.check()
+            if block not in finished:
+                return False
+            stored.weights.load(block)
+            recall(block)
+            return True
+
+        blocks = compress_model(
+            run.opened.model,
+            run.calibration,
+            plan,
+            run.config,
+            on_linear,
+            weights=run.opened.weights,
+            allocate=run.allocate,
+            hessian_bytes=run.memory.hessian_bytes,
+            restore=restore,
+        )
+        if len(finished) == count:
+            # Then no hidden state is needed either.
+            for block in finished:
+                recall(block)
+        else:
+            for compressed in blocks:
+                stored.store(compressed)
+
+
+def conclude(run: Run, plan: Plan) -> None:
+    """Record what all linears together are, and hold the model to its budget."""
+    model = run.config.model
+    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
+    run.recorder.update(
+        **totals(run.recorder.linears, plan),
+        coverage=inventory.coverage,
+        compressed_sha256=run.stored.sha256(),
+    )
+    run.commits.adopt(LINEARS)

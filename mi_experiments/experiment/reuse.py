@@ -1,0 +1,295 @@
+"""Reuse across jobs: the dense model's perplexity, what the loss feels, and the drafts of a plan.
+
+Jobs of a sweep mostly agree in their model and their texts, and what follows from these alone is
+computed once and read by all others (`content_store`). A key holds everything that can move a bit:
+the model's files, how and on what it runs, the versions of the libraries, the source of this
+package, and of the config what `drafting` lets the computation read. So a value that was read is
+the one that would have been computed; the record says which were, so that times are not misread.
+
+Where memory was short, sums were taken in another order: such values stay with their run.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mi_experiments.calibration.hessians import FISHER, LOSS_FIELDS
+from mi_experiments.config.compose import to_plain
+from mi_experiments.config.config import Config, measures_loss, needs_activations
+from mi_experiments.config.identity import NUMERICS_VERSION
+from mi_experiments.config.narrow import narrow
+from mi_experiments.evaluation.perplexity import Perplexity
+from mi_experiments.llm.loading import OpenModel
+from mi_experiments.llm.logits import plan_waves
+from mi_experiments.out_of_memory import count_retries
+from mi_experiments.persistence.atomic import file_hash
+from mi_experiments.persistence.cache import (
+    Content,
+    cache_root,
+    content_key,
+    locked,
+    read_entry,
+    write_entry,
+)
+from mi_experiments.persistence.commits import Commits
+from mi_experiments.planning.cost_key import drafting_config
+from mi_experiments.planning.site_costs import draft_name
+from mi_experiments.records.recorder import Recorder
+from mi_experiments.records.result import Provenance
+from mi_experiments.texts.windows import token_hash
+
+LIBRARIES = ("torch", "transformers", "numpy")
+"""That compute."""
+
+SETTINGS = ("ATEN_", "CUBLAS_", "CUDNN_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_",
+            "ONEDNN_", "OPENBLAS_", "TORCH_")  # fmt: skip
+"""How names of environment variables begin that may choose other kernels."""
+
+
+def results_directory() -> Path:
+    """Return where entries live."""
+    return cache_root() / "results"
+
+
+def computed_by(opened: OpenModel, provenance: Provenance, blocks: str | None) -> dict[str, Any]:
+    """Return everything, beside the tokens and the config, that the dense model's numbers follow.
+
+    Args:
+        opened: the dense model.
+        provenance: of the run.
+        blocks: path of the list of blocks, as configured.
+    """
+    return {
+        "numerics_version": NUMERICS_VERSION,
+        "source": source_hash(),
+        "versions": {name: provenance.versions[name] for name in LIBRARIES},
+        "model_files": provenance.model_files,
+        "dtype": str(opened.model.dtype),
+        "attention": opened.model.config._attn_implementation,
+        "blocks": blocks,
+        "device": provenance.device,
+        "threads": provenance.threads,
+        "processor": processor(),
+        "environment": {n: v for n, v in sorted(os.environ.items()) if n.startswith(SETTINGS)},
+    }
+
+
+@functools.cache
+def source_hash() -> str:
+    """Return the SHA-256 of this package's modules: no value outlives the code it came from."""
+    package = Path(__file__).parent
+    files = {str(file.relative_to(package)): file_hash(file) for file in package.rglob("*.py")}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def processor() -> list[str]:
+    """Name the processor, whose kernels are chosen by what it can."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return [torch.backends.cpu.get_cpu_capability(), *sorted(names)]
+
+
+def perplexity_key(
+    computed: Mapping[str, Any],
+    windows: Sequence[Int[Tensor, "_"]],
+    batch_tokens: int,
+    logits_chunk: int,
+    wave_tokens: int,
+) -> str:
+    """Return the key of the dense model's perplexity on a text.
+
+    Args:
+        computed: of `computed_by`.
+        windows: token ids.
+        batch_tokens: tokens in one forward pass.
+        logits_chunk: tokens whose logits exist at one time.
+        wave_tokens: tokens whose hidden states exist at one time, of which only the batches that
+            follow from them count.
+    """
+    batches = []
+    for group in (
+        group for wave in plan_waves(windows, batch_tokens, wave_tokens) for group in wave
+    ):
+        size = max(1, batch_tokens // len(windows[group[0]]))
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return content_key({
+        "what": "perplexity",
+        "computed": computed,
+        "tokens": token_hash(torch.cat(list(windows))),
+        "lengths": [len(window) for window in windows],
+        "batches": sorted(batches),
+        "logits_chunk": logits_chunk,
+    })
+
+
+@dataclass
+class Claim:
+    """An entry that was found, or else the right to write it, which others wait for until `close`.
+
+    Attributes:
+        path: of the entry.
+        found: its content.
+        writable: whether it may be written.
+        lock: that is held.
+    """
+
+    path: Path
+    found: Content | None
+    writable: bool = False
+    lock: ExitStack = field(default_factory=ExitStack)
+
+    def close(self, computed: Content | None = None) -> None:
+        """Let others have it; what was computed is written first."""
+        if computed is not None and self.writable:
+            write_entry(self.path, computed)
+        self.lock.close()
+
+
+class Reuse:
+    """What one job computes for all, and reads of what others have computed.
+
+    Args:
+        config: of the run; with `reuse=false` everything is computed, and nothing shared.
+        computed: of `computed_by`.
+        recorder: notes what was read and not computed, and counts shortages of memory.
+        say: shows a line.
+        check: raises when the job is to stop; called while it waits for another one.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        computed: Mapping[str, Any],
+        recorder: Recorder,
+        say: Callable[[str], None],
+        check: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.computed = computed
+        self.recorder = recorder
+        self.say = say
+        self.check = check
+
+    def perplexity(
+        self,
+        name: str,
+        windows: Sequence[Int[Tensor, "_"]],
+        wave_tokens: int,
+        compute: Callable[[], Perplexity],
+    ) -> Perplexity:
+        """Return the dense model's perplexity on a text.
+
+        Args:
+            name: of the text.
+            windows: token ids.
+            wave_tokens: tokens whose hidden states exist at one time.
+            compute: measures it.
+        """
+        if not self.config.reuse:
+            return compute()
+        evaluation = self.config.evaluation
+        key = perplexity_key(
+            self.computed, windows, evaluation.batch_tokens, evaluation.logits_chunk, wave_tokens
+        )
+        claim = self.claim(key, "evaluate dense", name)
+        with claim.lock:
+            if claim.found is not None:
+                return Perplexity(**json.loads(claim.found[1]["perplexity"]))
+            with count_retries() as retries:
+                measured = compute()
+            entry: Content = ({}, {"perplexity": json.dumps(asdict(measured))})
+            claim.close(None if retries.count else entry)
+        return measured
+
+    @contextmanager
+    def plan(
+        self, commits: Commits, calibration: Int[Tensor, "nsamples seqlen"], blocks: int
+    ) -> Iterator[Callable[[], None]]:
+        """Commit the parts of a plan that are known, and yield what shares those computed since.
+
+        Args:
+            commits: of the run.
+            calibration: token ids.
+            blocks: number of blocks of the model.
+        """
+        claims: dict[str, Claim] = {}
+
+        def share() -> None:
+            for name in [name for name in claims if name in commits.files]:
+                short = self.recorder.earlier_retries + self.recorder.retries.count
+                claims.pop(name).close(None if short else commits.read_tensors(name))
+
+        try:
+            if self.config.reuse and needs_activations(self.config):
+                self.fetch(commits, calibration, blocks, claims)
+            yield share
+        finally:
+            for claim in claims.values():
+                claim.close()
+
+    def fetch(
+        self,
+        commits: Commits,
+        calibration: Int[Tensor, "nsamples seqlen"],
+        blocks: int,
+        claims: dict[str, Claim],
+    ) -> None:
+        """Commit what is known of a plan, and add the claims on what is not, by name."""
+        drafting = drafting_config(self.config)
+        for name in map(draft_name, range(blocks)):
+            self.fetch_part(commits, name, drafting, calibration, claims)
+        if claims and measures_loss(drafting):
+            felt = calibration[: drafting.wbits.fisher_samples]
+            self.fetch_part(commits, FISHER, narrow(drafting, LOSS_FIELDS), felt, claims)
+
+    def fetch_part(
+        self,
+        commits: Commits,
+        name: str,
+        config: Config,
+        calibration: Int[Tensor, "nsamples seqlen"],
+        claims: dict[str, Claim],
+    ) -> None:
+        """Commit one part of a plan if it is known; else add the claim on it."""
+        if commits.find(name) is not None:
+            return
+        key = {
+            "what": name,
+            "computed": self.computed,
+            "config": to_plain(config),
+            "calibration": token_hash(calibration),
+        }
+        claim = self.claim(content_key(key), "plan", name.partition(".")[0])
+        if claim.found is None:
+            claims[name] = claim
+        else:
+            commits.commit({name: claim.found})
+
+    def claim(self, key: str, phase: str, name: str) -> Claim:
+        """Read an entry, or take its lock; what another job computes is waited for, and read."""
+        path = results_directory() / f"{key}.safetensors"
+        claim = Claim(path, read_entry(path))
+        if claim.found is None:
+            claim.writable = claim.lock.enter_context(
+                locked(path, lambda: self.say(f"{name}: waiting for another job"), self.check)
+            )
+            # Somebody else may have written it while this process waited.
+            claim.found = read_entry(path)
+        if claim.found is not None:
+            claim.close()
+            self.recorder.note_reused(phase, name)
+        return claim

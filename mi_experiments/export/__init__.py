@@ -1,0 +1,1 @@
+"""Write the compressed model to disk, one file a format."""

@@ -1,0 +1,185 @@
+"""Logits and losses of the model's own head, without holding all of them."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from mi_experiments.errors import InputError
+from mi_experiments.llm.activations import Allocate
+from mi_experiments.llm.blocks import held
+from mi_experiments.llm.calls import Form, answer
+from mi_experiments.llm.replay import Stream, open_stream
+from mi_experiments.llm.streaming import BlockWeights
+
+PROBE_TOKENS = 8
+"""Positions on which the tail is tried out before its logits are used."""
+
+
+PROBE_TOLERANCE = 1e-3
+"""Of the largest logit: far above rounding, far below a missing scale or cap."""
+
+
+def compute_logits(
+    model: PreTrainedModel,
+    modules: nn.ModuleList,
+    form: Form,
+    hidden: Float[Tensor, "tokens hidden"],
+    before: Float[Tensor, "tokens hidden"] | None = None,
+) -> Float[Tensor, "tokens vocabulary"]:
+    """Let the model make logits of what its last block returned.
+
+    Args:
+        model: whose forward runs, with the blocks replaced by their answer.
+        modules: its blocks.
+        form: what a block returns.
+        hidden: the last block's answer.
+        before: the answer of the other blocks; the same by default.
+    """
+    placeholder = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
+    earlier = hidden if before is None else before
+    count = itertools.count(1)
+
+    def respond(_: Tensor) -> Tensor:
+        # A copy: some models go on in place, which must not change what the caller holds.
+        return (hidden if next(count) == len(modules) else earlier)[None].clone()
+
+    with answer(modules, form, respond):
+        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
+    return logits[0]
+
+
+@torch.no_grad()
+def check_tail(
+    model: PreTrainedModel, modules: nn.ModuleList, stream: Stream, positions: int
+) -> None:
+    """Require that logits depend on the last block's output at their own position, and only on it.
+
+    Args:
+        model: in evaluation mode.
+        modules: its blocks.
+        stream: hidden states to try it on, of any block.
+        positions: of the first sample that are tried.
+
+    Raises:
+        InputError: they do not.
+    """
+    probe = next(stream.samples())[:positions]
+    half = len(probe) // 2
+    other = probe.roll(1, -1)
+    whole = compute_logits(model, modules, stream.form, probe)
+    alone = compute_logits(model, modules, stream.form, probe[half:], before=other[half:])
+    tolerance = PROBE_TOLERANCE * whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
+    # Values that are not finite are the window's fault, which is reported with its number.
+    if not torch.allclose(alone, whole[half:], rtol=0.0, atol=tolerance, equal_nan=True):
+        raise InputError(
+            f"{type(model).__name__}: its logits cannot be computed in chunks, because they are "
+            "not a function of the last block's output alone"
+        )
+
+
+def _cross_entropy(
+    logits: Float[Tensor, "tokens vocabulary"], targets: Int64[Tensor, "tokens"]
+) -> Float[Tensor, "tokens"]:
+    """Return the nats of each target, in float32 or better: half precision would round them."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, targets.to(logits.device), reduction="none")
+
+
+def measure_token_nll(
+    model: PreTrainedModel,
+    modules: nn.ModuleList,
+    form: Form,
+    hidden: Float[Tensor, "tokens hidden"],
+    window: Int64[Tensor, "tokens"],
+    logits_chunk: int,
+) -> Float64[Tensor, "predicted"]:
+    """Measure the nats that each token after the first costs given those before it.
+
+    Args:
+        model: in evaluation mode; the caller decides about gradients.
+        modules: its blocks.
+        form: what a block returns.
+        hidden: what the last block returned for the window.
+        window: token ids, on the same device.
+        logits_chunk: tokens whose logits exist at one time.
+    """
+    inputs, targets = hidden[:-1], window[1:]
+    nll = torch.empty(len(targets), dtype=torch.float64, device=window.device)
+    for start in range(0, len(targets), logits_chunk):
+        chunk = slice(start, start + logits_chunk)
+        # The logits have no name here, so that they are gone before the next ones are computed.
+        nll[chunk] = _cross_entropy(
+            compute_logits(model, modules, form, inputs[chunk]), targets[chunk]
+        )
+    return nll
+
+
+def open_wave(
+    model: PreTrainedModel,
+    path: str,
+    modules: nn.ModuleList,
+    windows: Sequence[Int64[Tensor, "_"]],
+    wave: Sequence[Sequence[int]],
+    batch_tokens: int,
+    weights: BlockWeights | None,
+    allocate: Allocate | None,
+) -> list[Stream]:
+    """Open a stream for the windows of each length in a wave."""
+    with held(weights, 0):
+        return [
+            open_stream(
+                model,
+                path,
+                modules,
+                torch.stack([windows[i] for i in group]),
+                max(1, batch_tokens // len(windows[group[0]])),
+                allocate,
+                [describe(windows, i) for i in group],
+            )
+            for group in wave
+        ]
+
+
+def plan_waves(
+    windows: Sequence[Int64[Tensor, "_"]], batch_tokens: int, wave_tokens: int
+) -> list[list[list[int]]]:
+    """Divide windows into waves, and each wave into groups of equal length.
+
+    Args:
+        windows: token ids.
+        batch_tokens: tokens in one forward pass.
+        wave_tokens: tokens in a wave, at least one batch.
+
+    Returns:
+        Indices of windows, by wave and length; every group but the last of its length is a whole
+        number of batches.
+    """
+    by_length: dict[int, list[int]] = {}
+    for i, window in enumerate(windows):
+        by_length.setdefault(len(window), []).append(i)
+    waves: list[list[list[int]]] = [[]]
+    room = wave_tokens
+    for length, indices in by_length.items():
+        batch = max(1, batch_tokens // length)
+        while indices:
+            fitting = max(0, room) // length
+            count = len(indices) if fitting >= len(indices) else fitting // batch * batch
+            if count == 0 and waves[-1]:
+                waves.append([])
+                room = wave_tokens
+                continue
+            count = count or min(len(indices), batch)
+            waves[-1].append(indices[:count])
+            indices = indices[count:]
+            room -= count * length
+    return waves
+
+
+def describe(windows: Sequence[Int64[Tensor, "_"]], i: int) -> str:
+    """Name a window."""
+    return f"window {i} of {len(windows)} ({len(windows[i])} tokens)"

@@ -1,0 +1,1 @@
+"""Keep files whole, finished work and computed values."""

@@ -1,0 +1,155 @@
+"""Values computed once and shared by concurrent jobs: files whose names are what decides them.
+
+An entry is a safetensors file named by the SHA-256 of everything that determines its content, and
+it carries the SHA-256 of that content, so that what is read is bit for bit what was computed, or is
+not used. Whoever finds no entry takes the lock of its key, which the system releases when its
+holder ends in any way, and computes; whoever comes later waits, and reads.
+
+Entries live in the cache of the user and not in a sweep's folder: they are known by content, so
+none is ever out of date, and a single run, a repeated sweep and a resumed one share them as jobs of
+one sweep do. Nothing but time is lost when the folder is removed, at any moment.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mi_experiments.errors import MiError
+from mi_experiments.persistence.atomic import save_atomically
+
+log = logging.getLogger(__name__)
+
+Content = tuple[Mapping[str, Tensor], Mapping[str, str]]
+"""Tensors and text, each by name."""
+
+POLL_SECONDS = 0.1
+"""Between two looks at a lock that another job holds."""
+
+
+def cache_root() -> Path:
+    """Return where entries live: `$MI_EXPERIMENTS_CACHE`, or a folder in the user's cache."""
+    root = os.environ.get("MI_EXPERIMENTS_CACHE") or Path.home() / ".cache" / "mi_experiments"
+    return Path(root).expanduser()
+
+
+def content_key(parts: Mapping[str, object]) -> str:
+    """Hash everything that decides a value: anything that is JSON, and enums."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+def _plain(value: object) -> object:
+    """Return an enum by its name; nothing else is expected that is not JSON."""
+    if isinstance(value, Enum):
+        return value.name
+    raise TypeError(f"{value!r} cannot be part of a cache key")
+
+
+def find_or_compute(path: Path, compute: Callable[[], Content]) -> Content:
+    """Return an entry, computed by whoever asks first and waited for by everybody else.
+
+    A cache that cannot be written is a warning: the value does not depend on it.
+
+    Args:
+        path: of the entry.
+        compute: gives its content.
+    """
+    if (found := read_entry(path)) is not None:
+        return found
+    with locked(path) as writable:
+        # Somebody else may have written it while this process waited.
+        if (found := read_entry(path)) is not None:
+            return found
+        content = compute()
+        if writable:
+            write_entry(path, content)
+        return content
+
+
+def read_entry(path: Path) -> Content | None:
+    """Return a sound entry, or None."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            seal = json.loads((file.metadata() or {})["entry"])
+            texts, stored = seal["texts"], seal["sha256"]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+    return (tensors, texts) if hash_content(path.stem, tensors, texts) == stored else None
+
+
+def write_entry(path: Path, content: Content) -> None:
+    """Write an entry; one that is damaged is set aside, and a disk that refuses is a warning."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in content[0].items()}
+    texts = dict(content[1])
+    seal = {"sha256": hash_content(path.stem, tensors, texts), "texts": texts}
+    try:
+        if path.exists():
+            log.warning("the shared entry %s is damaged: set aside, computed again", path)
+            path.replace(path.with_suffix(".damaged"))
+        save_atomically(path, tensors, {"entry": json.dumps(seal, sort_keys=True)})
+    except (OSError, MiError) as error:
+        log.warning("the cache %s cannot be written: %s", path.parent, error)
+
+
+def hash_content(name: str, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """Return the SHA-256 of an entry: its name, and names, types, shapes and values in it."""
+    digest = hashlib.sha256(json.dumps([name, texts], sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(repr((key, str(tensor.dtype), tuple(tensor.shape))).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(
+    path: Path, on_wait: Callable[[], None] | None = None, check: Callable[[], None] | None = None
+) -> Iterator[bool]:
+    """Hold the lock of an entry, waiting for it; give False where there is no place for a lock.
+
+    Args:
+        path: of the entry.
+        on_wait: called once if another job holds it.
+        check: called now and then while waiting; may raise to give up.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("a")
+    except OSError as error:
+        log.warning("the cache %s cannot be used: %s", path.parent, error)
+        yield False
+        return
+    with lock:
+        yield _wait(lock.fileno(), path, on_wait, check)
+
+
+def _wait(
+    lock: int, path: Path, on_wait: Callable[[], None] | None, check: Callable[[], None] | None
+) -> bool:
+    """Take a lock when it is free; give False where the file system has none."""
+    waiting = False
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            log.warning("the cache %s has no locks: %s", path.parent, error)
+            return False
+        else:
+            return True
+        if not waiting and on_wait is not None:
+            on_wait()
+        waiting = True
+        if check is not None:
+            check()
+        time.sleep(POLL_SECONDS)

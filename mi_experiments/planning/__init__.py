@@ -1,0 +1,1 @@
+"""Decide groups, widths and sparsity of every linear."""

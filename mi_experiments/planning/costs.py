@@ -1,0 +1,121 @@
+"""What every width of every group costs, and what pruning does: the output error, as it is felt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from mi_experiments.config.config import Config, sparsity_of
+from mi_experiments.config.method import UNQUANTIZED, Cost, DeadChannels
+from mi_experiments.llm.inventory import LinearView
+from mi_experiments.method.grid import fit_grid, scale_groups
+from mi_experiments.method.hessian import Factor, Hessian, sweep_order
+from mi_experiments.method.pruning import choose_pruned, possible_parts, pruning_costs
+
+
+@dataclass(frozen=True)
+class GroupCosts:
+    """Price list of one linear: the cost of each group at each width, and its number of weights."""
+
+    costs: Float[Tensor, "groups widths"]
+    sizes: Int[Tensor, "groups"]
+
+
+def price_groups(
+    weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"] | None,
+    channel_group: Int[Tensor, "columns"],
+    hessian: Hessian,
+    factor: Factor,
+    config: Config,
+    widths: Sequence[int] | None = None,
+) -> GroupCosts:
+    """Price each group at each width by the output error that its grids, really fitted, would make.
+
+    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
+    rows i that survive pruning: the error that remains after the other channels have compensated
+    (GPTQ, arXiv:2210.17323, equation 2). `loss` f_i is 1, or with `cost=fisher` the Fisher
+    information of the model's loss about output i. Where sparsity is allocated too, the rows that
+    survive are those of its average: how much this linear will be pruned is not known yet. The
+    widths are those that the config allows, unless others are given.
+    """
+    saliency = 1 / factor.inverse_diagonal()
+    felt = weigh_rows(weight, loss, hessian, config.wbits.cost)
+    sparsity = sparsity_of(config)
+    pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
+    groups = int(channel_group.max()) + 1
+    wbits = config.wbits
+    scale_group = scale_groups(channel_group, wbits.group_size)
+    columns = []
+    for width in widths or wbits.candidate_widths():
+        bits = torch.full_like(channel_group, width, dtype=torch.uint8)
+        error = torch.zeros_like(weight)
+        if width < UNQUANTIZED:
+            grid = fit_grid(
+                weight,
+                bits,
+                scale_group,
+                symmetric=wbits.symmetric,
+                clip_search=config.recipe.clip_search,
+                scale_bits=config.recipe.scale_bits,
+                pruned=pruned,
+            )
+            error = grid.quantize(weight) - weight
+        if pruned is not None:
+            error = error.masked_fill(pruned, 0)
+        per_channel = (felt @ error.square()).double() * saliency
+        columns.append(
+            per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
+        )
+    costs = torch.stack(columns, dim=1)
+    sizes = torch.bincount(channel_group.long(), minlength=groups) * weight.shape[0]
+    return GroupCosts(costs.cpu(), sizes.cpu())
+
+
+def price_pruning(
+    weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"] | None,
+    hessian: Hessian,
+    factor: Factor,
+    config: Config,
+) -> Float64[Tensor, "choices"]:
+    """Price what a linear may keep by the output error of pruning the rest.
+
+    The price is the sum of f_i W_ij² / [H'⁻¹]_jj over the weights with the smallest W_ij² /
+    [H'⁻¹]_jj of each mask block: the error that remains after the other channels have compensated
+    (arXiv:2301.00774, section 3), one weight at a time. f_i is as in `price_groups`.
+    """
+    felt = weigh_rows(weight, loss, hessian, config.sparsity.cost)
+    order = sweep_order(hessian.diagonal, config.recipe.order)
+    score = (weight.square() / factor.inverse_diagonal())[:, order]
+    kept = possible_parts(config.sparsity.ratio, config.sparsity.spread)
+    return pruning_costs(score, felt, kept, config.sparsity.mask_block_of(weight.shape[1]))
+
+
+def read_weight(
+    linear: LinearView, hessian: Hessian, config: Config
+) -> Float[Tensor, "rows columns"]:
+    """Return a copy of a weight in float32, without what `recipe.dead_channels` takes away."""
+    weight = linear.read_weight()
+    if config.recipe.dead_channels is DeadChannels.zero:
+        weight.masked_fill_(hessian.dead, 0)
+    return weight
+
+
+def weigh_rows(
+    weight: Float[Tensor, "rows columns"],
+    loss: Float[Tensor, "rows"] | None,
+    hessian: Hessian,
+    cost: Cost,
+) -> Float[Tensor, "rows"]:
+    """Return what a squared error of each output costs."""
+    if cost is Cost.fisher:
+        if loss is None:
+            raise ValueError("what the loss feels was not measured")
+        return loss.to(weight)
+    ones = weight.new_ones(len(weight))
+    if cost is Cost.distortion:
+        return ones
+    return ones / (weight @ hessian.matrix * weight).sum().clamp(min=1e-30)

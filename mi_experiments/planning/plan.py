@@ -1,0 +1,246 @@
+"""plan_compression: what every linear will get, and why.
+
+One pass over the dense model drafts every site (`drafts`), then the budget is spent exactly. A
+`Plan` is a value: groups and widths of every linear. Plans that depend on no activation (uniform
+widths on contiguous or random groups) need no pass.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mi_experiments.calibration.hessians import (
+    check_weights,
+    measure_loss,
+)
+from mi_experiments.config.config import (
+    Config,
+    measures_loss,
+    needs_activations,
+    sparsity_of,
+)
+from mi_experiments.config.method import Allocation, check_count
+from mi_experiments.llm.activations import Allocate
+from mi_experiments.llm.blocks import walk_blocks
+from mi_experiments.llm.inventory import take_inventory
+from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.method.grid import scale_groups
+from mi_experiments.method.information import InformationSummary
+from mi_experiments.method.pruning import Sparsity
+from mi_experiments.persistence.commits import Commits
+from mi_experiments.planning.budgets import allocate_pruning, allocate_widths
+from mi_experiments.planning.cost_key import drafting_config
+from mi_experiments.planning.site_costs import (
+    DraftLinear,
+    draft_block,
+    draft_name,
+    read_drafts,
+)
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """Groups and widths of one weight matrix.
+
+    Attributes:
+        block: index of the decoder block.
+        site: name of the site, unique in the model.
+        rows: output dimension.
+        columns: input dimension.
+        channel_group: group of each channel.
+        bits: width of each channel; 16 is not quantized.
+        scale_group: channels with one scale and zero point per row.
+        sparsity: how many weights are pruned, and in which pattern.
+    """
+
+    block: int
+    site: str
+    rows: int
+    columns: int
+    channel_group: Int[Tensor, "columns"]
+    bits: UInt8[Tensor, "columns"]
+    scale_group: Int[Tensor, "columns"]
+    sparsity: Sparsity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every linear gets.
+
+    Attributes:
+        linears: by name, in the order of the model.
+        information: by site, where it was measured.
+        sparsity: of the model: what was asked for.
+        requested: average bits asked for.
+    """
+
+    linears: dict[str, LinearPlan]
+    information: dict[str, InformationSummary]
+    sparsity: Sparsity
+    requested: float
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return tensors and metadata that hold everything, for a safetensors file."""
+        tensors = {}
+        for name, linear in self.linears.items():
+            tensors[f"{name}.bits"] = linear.bits
+            tensors[f"{name}.channel_group"] = linear.channel_group.clone()
+            tensors[f"{name}.scale_group"] = linear.scale_group.clone()
+        linears = {
+            n: [p.block, p.site, p.rows, p.columns, dataclasses.asdict(p.sparsity)]
+            for n, p in self.linears.items()
+        }
+        information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
+        rest = {
+            "requested": self.requested,
+            "sparsity": dataclasses.asdict(self.sparsity),
+            "linears": linears,
+            "information": information,
+        }
+        return tensors, {"plan": json.dumps(rest)}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Plan":
+        """Return what `stored` gave."""
+        linears = {}
+        rest = json.loads(metadata["plan"])
+        for name, (block, site, rows, columns, sparsity) in rest["linears"].items():
+            group, bits, scale_group = (
+                tensors[f"{name}.{key}"] for key in ("channel_group", "bits", "scale_group")
+            )
+            linears[name] = LinearPlan(
+                block, site, rows, columns, group, bits, scale_group, Sparsity(**sparsity)
+            )
+        information = {s: InformationSummary(**i) for s, i in rest["information"].items()}
+        return cls(linears, information, Sparsity(**rest["sparsity"]), rest["requested"])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all groups, widths and sparsities."""
+        digest = hashlib.sha256()
+        for name, linear in self.linears.items():
+            shape = [name, linear.rows, linear.columns, repr(linear.sparsity)]
+            digest.update(json.dumps(shape).encode())
+            for tensor in (linear.bits, linear.channel_group, linear.scale_group):
+                digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def plan_compression(
+    model: PreTrainedModel,
+    calibration: Int[Tensor, "nsamples seqlen"],
+    config: Config,
+    on_block: Callable[[str], None] = lambda name: None,
+    *,
+    weights: BlockWeights | None = None,
+    allocate: Allocate | None = None,
+    hessian_bytes: int | None = None,
+    commits: Commits | None = None,
+) -> Plan:
+    """Group the channels of every site, and allocate the bit budget and the pruned weights.
+
+    Args:
+        model: the dense model; not changed.
+        calibration: token ids.
+        config: of the run.
+        on_block: called with the name of each block when its sites are priced, and before that as
+            `measure_loss` goes through it; see `count_steps`.
+        weights: loads each block when its turn comes; None for a model that holds all its weights.
+        allocate: makes room for hidden states; by default where blocks run.
+        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
+        commits: keep and give back what the loss feels, and the drafts of finished blocks.
+
+    Returns:
+        Groups, widths and sparsity of every linear; the average width is at most the budget, and
+        the total of pruned weights at least what was asked, exactly.
+
+    Raises:
+        InputError: more groups than channels.
+        NumericalError: weights or activations that are not finite, or a Hessian that cannot be
+            factorized.
+    """
+    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
+    for linears in inventory.linears:
+        check_weights(linears)
+        for linear in linears:
+            check_count(linear.columns, linear.name, config.n_groups)
+    drafting = drafting_config(config)
+    finished = read_drafts(commits, len(inventory.modules))
+    if len(finished) < len(inventory.modules):
+        fisher = measure_loss(
+            model,
+            calibration,
+            drafting,
+            weights=weights,
+            allocate=allocate,
+            commits=commits,
+            on_block=on_block,
+        )
+        activations = needs_activations(drafting)
+        walk = walk_blocks(
+            model,
+            calibration if activations else calibration[:1, :2],
+            batch_size=drafting.dataset.batch_size,
+            ignore=tuple(drafting.model.ignore),
+            path=drafting.model.blocks,
+            weights=weights,
+            allocate=allocate,
+        )
+        for block in walk:
+            if block.index not in finished:
+                finished[block.index] = draft_block(
+                    block, fisher, activations, drafting, hessian_bytes
+                )
+                if commits is not None and activations:
+                    commits.commit({draft_name(block.index): finished[block.index].stored()})
+            on_block(block.name)
+    drafts = [linear for _, draft in sorted(finished.items()) for linear in draft.linears]
+    if config.wbits.allocation is Allocation.mixed:
+        drafts = [keep_widths(draft, drafting, config) for draft in drafts]
+    information = {
+        s: i for _, draft in sorted(finished.items()) for s, i in draft.information.items()
+    }
+    widths, pruned = allocate_widths(drafts, config), allocate_pruning(drafts, config)
+    planned = {
+        draft.name: finish(draft, widths[draft.name], pruned[draft.name], config)
+        for draft in drafts
+    }
+    return Plan(planned, information, sparsity_of(config), config.wbits.average)
+
+
+def keep_widths(draft: DraftLinear, drafting: Config, config: Config) -> DraftLinear:
+    """Leave a draft the prices of those widths that a group may get."""
+    if draft.prices is None:
+        return draft
+    priced = drafting.wbits.candidate_widths()
+    kept = [priced.index(width) for width in config.wbits.candidate_widths()]
+    prices = dataclasses.replace(draft.prices, costs=draft.prices.costs[:, kept])
+    return dataclasses.replace(draft, prices=prices)
+
+
+def count_steps(blocks: int, config: Config) -> int:
+    """Return how often `plan_compression` calls `on_block` if nothing was finished earlier."""
+    return blocks * (3 if measures_loss(config) else 1)
+
+
+def finish(
+    draft: DraftLinear, widths: Int[Tensor, "groups"], sparsity: Sparsity, config: Config
+) -> LinearPlan:
+    """Spread the groups' widths over the channels."""
+    group = draft.channel_group
+    return LinearPlan(
+        block=draft.block,
+        site=draft.site,
+        rows=draft.rows,
+        columns=len(group),
+        channel_group=group,
+        bits=widths[group.long()].to(torch.uint8),
+        scale_group=scale_groups(group, config.wbits.group_size),
+        sparsity=sparsity,
+    )

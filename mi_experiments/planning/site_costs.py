@@ -1,0 +1,234 @@
+"""What is known of a site before the budget is spent: its groups, and what each width would cost.
+
+Each site's Hessian is measured once for all linears that read it, its channels are grouped, and
+every group is priced at every width. Drafts of finished blocks are committed, so that a killed run
+does not measure them again.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int, Int32
+from torch import Tensor
+
+from mi_experiments.calibration.hessians import (
+    check_weights,
+    in_passes,
+    measure_hessians,
+    measure_scarce,
+    site_context,
+)
+from mi_experiments.config.config import UNMEASURED, Config
+from mi_experiments.config.method import Allocation, OnSingular, ScarceTokens
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.sites import Site
+from mi_experiments.method.grouping import Grouping, group_channels
+from mi_experiments.method.hessian import Hessian, factorize
+from mi_experiments.method.information import (
+    InformationSummary,
+    measure_information,
+    noise_floor,
+    summarize,
+)
+from mi_experiments.method.stability import split_half_stability
+from mi_experiments.out_of_memory import give_back
+from mi_experiments.persistence.commits import Commits
+from mi_experiments.planning.costs import GroupCosts, price_groups, price_pruning, read_weight
+from mi_experiments.planning.group_count import best_partition
+
+
+@dataclass(frozen=True)
+class DraftLinear:
+    """A linear whose groups are known and whose widths and sparsity are still to be chosen.
+
+    Attributes:
+        name: of the linear.
+        block: index of its block.
+        site: name of its site.
+        rows: output dimension.
+        channel_group: group of each channel.
+        prices: of each group at each width; None if there is nothing to choose.
+        pruning: what is lost for each number of 128ths that may be kept; None likewise.
+    """
+
+    name: str
+    block: int
+    site: str
+    rows: int
+    channel_group: Int[Tensor, "columns"]
+    prices: GroupCosts | None
+    pruning: Float64[Tensor, "choices"] | None = None
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The drafts of one block.
+
+    Attributes:
+        linears: in execution order.
+        information: by site, where it was measured.
+    """
+
+    linears: list[DraftLinear]
+    information: dict[str, InformationSummary]
+
+    def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return tensors and metadata that hold everything."""
+        tensors: dict[str, Tensor] = {}
+        rows = []
+        for index, linear in enumerate(self.linears):
+            tensors[f"{index}.channel_group"] = linear.channel_group.clone()
+            if linear.prices is not None:
+                tensors[f"{index}.costs"] = linear.prices.costs
+                tensors[f"{index}.sizes"] = linear.prices.sizes
+            if linear.pruning is not None:
+                tensors[f"{index}.pruning"] = linear.pruning
+            rows.append([linear.name, linear.block, linear.site, linear.rows])
+        information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
+        return tensors, {"draft": json.dumps({"linears": rows, "information": information})}
+
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Draft":
+        """Return what `stored` gave."""
+        linears = []
+        rest = json.loads(metadata["draft"])
+        for index, (name, block, site, rows) in enumerate(rest["linears"]):
+            prices = None
+            if f"{index}.costs" in tensors:
+                prices = GroupCosts(tensors[f"{index}.costs"], tensors[f"{index}.sizes"])
+            group = tensors[f"{index}.channel_group"]
+            pruning = tensors.get(f"{index}.pruning")
+            linears.append(DraftLinear(name, block, site, rows, group, prices, pruning))
+        return cls(linears, {s: InformationSummary(**i) for s, i in rest["information"].items()})
+
+
+def draft_site(
+    block: Block,
+    site: Site,
+    hessian: Hessian | None,
+    fisher: Mapping[str, Float[Tensor, "_"]],
+    config: Config,
+) -> tuple[list[DraftLinear], InformationSummary | None]:
+    """Group a site's channels and price every group of its linears at every width."""
+    groups = config.n_groups
+    factor = matrix = summary = None
+    if hessian is not None:
+        # What this factor is used for can bear more damping; the sweep that skips has its own.
+        escalate = config.recipe.on_singular is not OnSingular.error
+        factor = factorize(
+            hessian,
+            damping=config.recipe.damping,
+            power=config.recipe.damping_power,
+            escalate=escalate,
+        )
+        # Before the information, so that its own statistics have gone when that is measured.
+        generator = torch.Generator().manual_seed(groups.seed)
+        noise = noise_floor(hessian.sample, groups.estimator, generator)
+        give_back(hessian.matrix.nbytes)
+        matrix = measure_information(hessian, groups.estimator)
+        summary = summarize(matrix, noise, factor, groups.estimator)
+    # An expert without tokens that is to stay as it is has nothing to be grouped by.
+    measured = hessian is not None or groups.grouping in UNMEASURED
+    energy = sum_energy(site) if hessian is not None else None
+
+    def partition(count: int) -> Int32[Tensor, "columns"]:
+        return group_channels(
+            groups.grouping if measured else Grouping.contiguous,
+            count,
+            site.columns,
+            hessian=hessian,
+            factor=factor,
+            information=matrix,
+            weights_energy=energy,
+            seed=groups.seed,
+            multiple=groups.multiple,
+        )
+
+    if groups.adaptive and hessian is not None and factor is not None:
+        partitions = map(partition, range(1, groups.count + 1))
+        channel_group = best_partition(site, partitions, fisher, hessian, factor, config)
+    else:
+        channel_group = partition(groups.count)
+    if hessian is not None and summary is not None:
+        matrix = None
+        stability = split_half_stability(
+            groups.grouping,
+            int(channel_group.max()) + 1,
+            hessian.sample,
+            estimator=groups.estimator,
+            damping=config.recipe.damping,
+            weights_energy=energy,
+            seed=groups.seed,
+            multiple=groups.multiple,
+        )
+        summary = dataclasses.replace(summary, stability=stability)
+    name = f"{block.name}.{site.name}"
+    mixed = config.wbits.allocation is Allocation.mixed
+    drafts = []
+    for linear in site.linears:
+        prices = pruning = None
+        if (mixed or config.sparsity.allocated) and hessian is not None and factor is not None:
+            weight = read_weight(linear, hessian, config)
+            loss = fisher.get(linear.name)
+            if mixed:
+                prices = price_groups(weight, loss, channel_group, hessian, factor, config)
+            if config.sparsity.allocated:
+                pruning = price_pruning(weight, loss, hessian, factor, config)
+        group = channel_group.cpu()
+        drafts.append(
+            DraftLinear(linear.name, block.index, name, linear.rows, group, prices, pruning)
+        )
+    return drafts, summary
+
+
+def sum_energy(site: Site) -> Float[Tensor, "columns"]:
+    """Return ‖W_j‖² of each channel, summed over the site's linears."""
+    return torch.stack([linear.read_weight().square().sum(0) for linear in site.linears]).sum(0)
+
+
+def draft_block(
+    block: Block,
+    fisher: Mapping[str, Float[Tensor, "_"]],
+    activations: bool,
+    config: Config,
+    hessian_bytes: int | None = None,
+) -> Draft:
+    """Group the channels of a block's sites and price every group at every width."""
+    linears: list[DraftLinear] = []
+    information: dict[str, InformationSummary] = {}
+    check_weights(block.linears)
+    for sites in in_passes(block.sites, hessian_bytes if activations else None):
+        hessians = measure_hessians(block, sites, config) if activations else {}
+        if activations and config.recipe.scarce_tokens is ScarceTokens.keep:
+            least = config.recipe.min_tokens
+            scarce = {site.name for site in sites if site.routed} & {
+                name for name, hessian in hessians.items() if hessian.tokens < least
+            }
+            hessians = {name: hessians[name] for name in hessians.keys() - scarce}
+        elif activations:
+            hessians |= measure_scarce(block, hessians, sites, config)
+        for site in sites:
+            with site_context(block, site):
+                drafts, summary = draft_site(
+                    block, site, hessians.pop(site.name, None), fisher, config
+                )
+            linears += drafts
+            if summary is not None:
+                information[drafts[0].site] = summary
+    return Draft(linears, information)
+
+
+def draft_name(block: int) -> str:
+    """Return the name under which the draft of a block is committed."""
+    return f"drafts/{block:05}.safetensors"
+
+
+def read_drafts(commits: Commits | None, blocks: int) -> dict[int, Draft]:
+    """Return the drafts that are committed, by block."""
+    if commits is None:
+        return {}
+    found = {block: commits.read_tensors(draft_name(block)) for block in range(blocks)}
+    return {block: Draft.read(*content) for block, content in found.items() if content is not None}

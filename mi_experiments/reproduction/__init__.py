@@ -1,0 +1,1 @@
+"""Judge runs against published and pinned numbers."""

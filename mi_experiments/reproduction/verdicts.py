@@ -1,0 +1,225 @@
+"""Hold a finished run to what was expected of it, and say why where it fails."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mi_experiments.config.expected import Comparison, Evidence, ExpectedConfig, NumbersConfig
+from mi_experiments.persistence.commits import differences
+from mi_experiments.records.result import Evaluation, Result
+
+PASS, FAIL, NOT_RUN, NONE = "PASS", "FAIL", "NOT RUN", "NO VERDICT"
+PLACES = ("model.path", "model.offline", "model.device", "dataset.path", "dataset.offline")
+"""Where the same thing is read or run; what it is, numbers and hashes tell."""
+
+EXACT = ("model_files", "calibration", "evaluation", "numerics_version")
+"""Fingerprints of a pinned run that must be equal anywhere."""
+
+MACHINE = ("versions", "device", "threads", "platform")
+"""Fingerprints that may differ, and then so may the last bits of what is computed."""
+
+FOLLOWS = {
+    "model_files": ("model.revision",),
+    "calibration": ("seed", "dataset.", "corpora."),
+    "evaluation": ("evaluation.", "corpora.", "dataset."),
+}
+"""Settings by which a content hash changes, which then is no cause of its own."""
+
+SIGNATURE = 0.003
+"""Share within which a value is taken for a known wrong one."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One number against what was expected.
+
+    Attributes:
+        row: of the table.
+        phase: dense or compressed.
+        text: of the evaluation.
+        expected: perplexity; None where no source has one.
+        ours: perplexity; None where it was not measured.
+        tolerance: in perplexity.
+        verdict: PASS, FAIL, NOT RUN, or NO VERDICT where there is nothing to hold it to.
+        why: diagnosis or reason.
+        source: of the expected value.
+        mismatch: versions, hardware, numerics and bits in which the run is not the pinned one,
+            whatever the verdict.
+    """
+
+    row: str
+    phase: str
+    text: str
+    expected: float | None
+    ours: float | None
+    tolerance: float | None
+    verdict: str
+    why: str
+    source: str
+    mismatch: str = ""
+
+
+def judge(
+    row: str,
+    model: str,
+    expected: ExpectedConfig,
+    result: Result | None,
+    changes: Sequence[str],
+    signatures: Sequence[Mapping[str, Any]],
+    note: str = "",
+) -> list[Judgement]:
+    """Judge every text that is expected or was measured, dense first.
+
+    Args:
+        row: of the table.
+        model: name by which signatures know it.
+        expected: of the row.
+        result: of its run; None if there is none.
+        changes: in what the run is not the row's.
+        signatures: known wrong numbers.
+        note: why there is no number, or what is not known of a run that is complete.
+    """
+    prints = fingerprint_changes(expected.fingerprint, result)
+    causes = [*changes, *exact_changes(changes, prints)]
+    unexplained = unexplained_bits(causes, prints)
+    shown = (*MACHINE, "model_revision", "numerics_version", "compressed")
+    mismatches = [line for line in prints if kind_of(line) in shown]
+    if result is not None and result.status == "completed" and note:
+        mismatches.append(note)
+    mismatch = "; ".join(mismatches)
+    judgements = []
+    for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed)):
+        found: Mapping[str, Evaluation] = getattr(result, phase) if result else {}
+        phase_causes = [*causes, *unexplained] if phase == "compressed" else causes
+        for text in [*numbers.values, *(t for t in found if t not in numbers.values)] or ["-"]:
+            ours = found[text].perplexity if text in found else None
+            value = numbers.values.get(text)
+            verdict, why = decide(numbers, value, ours, phase_causes)
+            if verdict == NOT_RUN:
+                why = note or (result.error or "" if result else "")
+            if verdict == FAIL:
+                why = "; ".join([why, *recognise(signatures, model, phase, text, ours)])
+            source = ", ".join(part for part in (expected.source, numbers.where) if part)
+            tolerance = None if value is None else value * numbers.tolerance
+            judgements.append(
+                Judgement(row, phase, text, value, ours, tolerance, verdict, why, source, mismatch)
+            )
+    return judgements
+
+
+def exact_changes(changes: Sequence[str], prints: Sequence[str]) -> list[str]:
+    """Say what a pinned run must have and this one has not, but for what follows from another.
+
+    Tokens follow from the settings of their text and from the tokenizer's files; a file may follow
+    from the revision of the model.
+    """
+    files = [line for line in prints if kind_of(line) == "model_files"]
+    followed = {
+        kind
+        for kind, settings in FOLLOWS.items()
+        if any(line.startswith(settings) for line in changes)
+    }
+    if any(".safetensors:" not in line for line in files):
+        followed |= {"calibration", "evaluation"}
+    causes = [*EXACT, "model_revision"] if files and "model_files" not in followed else EXACT
+    return [line for line in prints if kind_of(line) in causes and kind_of(line) not in followed]
+
+
+def unexplained_bits(causes: Sequence[str], prints: Sequence[str]) -> list[str]:
+    """Say that the compressed blocks have other bits, where nothing that decides bits differs.
+
+    Bits are promised for the same inputs, versions, threads and hardware; elsewhere only numbers.
+    """
+    if causes or any(kind_of(line) in MACHINE for line in prints):
+        return []
+    return [
+        f"{line}, of the same inputs, versions, threads and hardware"
+        for line in prints
+        if kind_of(line) == "compressed"
+    ]
+
+
+def kind_of(line: str) -> str:
+    """Return the first name of what a line is about."""
+    return line.split(":")[0].split(".")[0]
+
+
+def decide(
+    numbers: NumbersConfig, value: float | None, ours: float | None, changes: Sequence[str]
+) -> tuple[str, str]:
+    """Return the verdict on one number, and why."""
+    if ours is None:
+        return NOT_RUN, ""
+    if value is None:
+        return NONE, "no source has a value"
+    if numbers.evidence in (Evidence.second_hand, Evidence.recalled):
+        return NONE, f"the value is {numbers.evidence.name.replace('_', '-')}"
+    if changes:
+        return FAIL, "not the same: " + "; ".join(changes)
+    if numbers.comparison is Comparison.at_most:
+        return (PASS, "") if ours <= value else (FAIL, "the bar is not reached")
+    if math.isfinite(ours) and abs(ours - value) <= numbers.tolerance * value:
+        return PASS, ""
+    return FAIL, f"off by {(ours / value - 1):+.2%}, and {numbers.tolerance:.2%} are allowed"
+
+
+def recognise(
+    signatures: Sequence[Mapping[str, Any]], model: str, phase: str, text: str, ours: float | None
+) -> list[str]:
+    """Name the known wrong numbers that a value is near."""
+    return [
+        f"{entry['value']} is known from: {entry['cause']} ({entry['source']})"
+        for entry in signatures
+        if (entry["model"], entry["phase"], entry["text"]) == (model, phase, text)
+        and ours is not None
+        and abs(ours / entry["value"] - 1) <= SIGNATURE
+    ]
+
+
+def fingerprint(result: Result) -> dict[str, str]:
+    """Return the content hashes and versions of a run."""
+    provenance = result.provenance
+    if provenance is None:
+        return {}
+    return {
+        **{f"model_files.{name}": value for name, value in provenance.model_files.items()},
+        "model_revision": str(provenance.model_revision),
+        "calibration": str(provenance.calibration_sha256),
+        **{f"evaluation.{name}": text.tokens_sha256 for name, text in result.dense.items()},
+        **({"compressed": result.compressed_sha256} if result.compressed_sha256 else {}),
+        "numerics_version": str(provenance.numerics_version),
+        **{f"versions.{name}": value for name, value in provenance.versions.items()},
+        "device": provenance.device,
+        "threads": str(provenance.threads),
+        "platform": provenance.platform,
+    }
+
+
+def fingerprint_changes(pinned: Mapping[str, str], result: Result | None) -> list[str]:
+    """Say in what a run differs from the one that was pinned, as far as the run came."""
+    if not pinned or result is None or result.provenance is None:
+        return []
+    now = fingerprint(result)
+    files = {key for key in now if kind_of(key) == "model_files"}
+    lines: list[str] = []
+    for key in sorted(pinned.keys() | files):
+        before, after = pinned.get(key), now.get(key)
+        if kind_of(key) in MACHINE and before != after:
+            lines.append(f"{key}: {before} → {after}")  # whole: they differ in their ends
+        elif key in now or kind_of(key) == "model_files":
+            lines += differences({key: before}, {key: after})
+    return lines
+
+
+def setting_changes(asked: Mapping[str, Any], ran: Mapping[str, Any]) -> list[str]:
+    """Say in what the settings of a run differ from those of a row, but for mere places."""
+    lines = list(differences(dict(asked), dict(ran)))
+    moved = any(line.startswith("model.path:") for line in lines)
+    return [
+        line
+        for line in lines
+        if line.split(":")[0] not in PLACES
+        and not (line.startswith(("corpora.", "evaluation.datasets.")) and ".path:" in line)
+        and not (moved and line.startswith("model.revision:") and line.endswith("None"))
+    ]

@@ -1,0 +1,1 @@
+"""Run many jobs as one sweep."""

@@ -1,0 +1,1 @@
+"""Turn documents into calibration and evaluation tokens."""

@@ -1,0 +1,232 @@
+"""Drafts follow from what they are known by: no other field can be read, no other changes a bit."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from mi_experiments.calibration.hessians import LOSS_FIELDS
+from mi_experiments.config.compose import conf_directory, from_hydra, to_plain
+from mi_experiments.config.config import Config
+from mi_experiments.config.narrow import narrow
+from mi_experiments.persistence.cache import content_key
+from mi_experiments.planning import plan
+from mi_experiments.planning.cost_key import ALL_WIDTHS, drafting_config
+from mi_experiments.planning.plan import plan_compression
+from mi_experiments.planning.site_costs import Draft
+
+SMALL = (
+    "n_groups.count=2", "n_groups.multiple=8", "dataset.batch_size=2",
+    "sparsity.scope=linear", "wbits.cost=distortion",
+)  # fmt: skip
+FISHER = ("wbits.cost=fisher", "wbits.scope=model")
+
+
+def config_of(*overrides: str) -> Config:
+    with initialize_config_dir(conf_directory(), version_base="1.3"):
+        return from_hydra(compose("config", overrides=[*SMALL, *overrides]))
+
+
+def leaves(part: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted path of every field of a config."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{path}{field.name}.")
+        else:
+            yield path + field.name
+
+
+def read(part: Any, path: str) -> Any:
+    for name in path.split("."):
+        part = getattr(part, name)
+    return part
+
+
+def test_a_narrowed_config_has_its_fields_and_no_other() -> None:
+    config = config_of()
+    kept = {"seed", "recipe.damping", "sparsity.ratio", "sparsity.n"}
+    narrowed = narrow(config, [*kept, "n_groups"])
+    assert isinstance(narrowed, Config)
+    for path in leaves(config):
+        if path in kept or path.startswith("n_groups."):
+            assert read(narrowed, path) == read(config, path)
+        else:
+            with pytest.raises(AttributeError):
+                read(narrowed, path)
+    assert list(to_plain(narrowed)) == ["n_groups", "recipe", "seed", "sparsity"]
+    narrowed.recipe.damping = 0.7
+    assert config.recipe.damping != 0.7
+
+
+@pytest.fixture
+def drafted(
+    tiny_model: Callable[..., Any],
+    tiny_tokens: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., list[Draft]]:
+    """Give the drafts that a plan is made of."""
+
+    def drafts_of(*overrides: str) -> list[Draft]:
+        found: list[Draft] = []
+        real = plan.draft_block
+
+        def spy(*arguments: Any) -> Draft:
+            found.append(real(*arguments))
+            return found[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "draft_block", spy)
+            plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config_of(*overrides))
+        return found
+
+    return drafts_of
+
+
+def bits_of(drafts: list[Draft]) -> list[Any]:
+    """Return every bit of drafts as something that can be compared."""
+    return [
+        (name, tensor.dtype, tensor.flatten().view(torch.uint8).tolist())
+        for draft in drafts
+        for name, tensor in draft.stored()[0].items()
+    ] + [draft.stored()[1] for draft in drafts]
+
+
+def key_of(*overrides: str) -> str:
+    return content_key(to_plain(drafting_config(config_of(*overrides))))
+
+
+SAME = [
+    ["wbits.average=3"],
+    ["wbits.average=2.5"],
+    ["wbits.average=7.75"],
+    ["wbits.widths=[2,3,4,8]"],
+    ["wbits.scope=model", "n_groups.adaptive=false"],
+    ["wbits.fisher_samples=3"],
+    ["sparsity.mask_block=64"],
+    ["recipe.order=natural", "recipe.refine_rounds=0", "recipe.grid_fit=original"],
+    ["recipe.input_share=0", "recipe.residual_share=0.5", "recipe.max_escalated=0.5"],
+    ["model.name=other", "memory.activations=disk", "export=dense", "reuse=false"],
+    ["evaluation.batch_tokens=64", "evaluation.logits_chunk=32"],
+]
+OTHER = [
+    ["seed=1"],  # through n_groups.seed
+    ["model.ignore=['*.q_proj']"],
+    ["dataset.batch_size=3"],
+    ["n_groups.count=3"],
+    ["wbits.scope=model"],  # through n_groups.adaptive
+    ["n_groups.multiple=4"],
+    ["n_groups=mutual_information"],
+    ["n_groups.estimator=gaussian"],
+    ["n_groups.sample_tokens=32"],
+    ["recipe.damping=0.2"],
+    ["recipe.damping_power=1"],
+    ["recipe.on_singular=error"],
+    ["recipe.dead_channels=zero"],
+    ["recipe.min_tokens=64"],
+    ["recipe.scarce_tokens=keep"],
+    ["sparsity.ratio=0.25"],
+    ["sparsity=semistructured_2_4"],
+    ["wbits.cost=relative"],
+    ["wbits.symmetric=true"],
+    ["wbits.group_size=8"],
+    ["recipe.clip_search=false"],
+    ["recipe.scale_bits=32"],
+    ["wbits.widths=[4,16]"],
+    ["wbits=uniform"],
+    [*FISHER],
+    ["sparsity.scope=model"],
+]
+
+
+@pytest.mark.parametrize("overrides", SAME, ids=" ".join)
+def test_what_drafting_does_not_read_is_neither_in_the_key_nor_in_the_drafts(
+    drafted: Callable[..., list[Draft]], overrides: list[str]
+) -> None:
+    assert key_of(*overrides) == key_of()
+    assert bits_of(drafted(*overrides)) == bits_of(drafted())
+
+
+@pytest.mark.parametrize("overrides", OTHER, ids=" ".join)
+def test_what_drafting_reads_is_in_the_key(overrides: list[str]) -> None:
+    assert key_of(*overrides) != key_of()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["sparsity.mask_block=64"],
+        ["sparsity.spread=0.1"],
+        ["sparsity.cost=relative"],
+        ["sparsity.ratio=0.25"],
+        ["recipe.order=natural"],
+        ["wbits.fisher_samples=3"],
+        ["seed=1"],
+    ],
+    ids=" ".join,
+)
+def test_what_pricing_of_pruning_reads_is_in_the_key(overrides: list[str]) -> None:
+    spread = "sparsity.scope=model"
+    assert key_of(spread, *overrides) != key_of(spread)
+
+
+def test_what_the_loss_feels_follows_from_its_own_fields() -> None:
+    def key(*overrides: str) -> str:
+        return content_key(to_plain(narrow(config_of(*FISHER, *overrides), LOSS_FIELDS)))
+
+    for same in (["n_groups=random"], ["recipe.damping=0.2"], ["wbits.average=3"], *SAME[6:]):
+        assert key(*same) == key()
+    for other in ("seed=1", "wbits.fisher_samples=3", "model.ignore=['*.q_proj']"):
+        assert key(other) != key()
+    assert key_of(*FISHER, "wbits.fisher_samples=3") != key_of(*FISHER)
+
+
+@pytest.mark.parametrize("overrides", [(), FISHER, ("wbits=uniform",)])
+def test_whoever_drafts_can_read_nothing_else(
+    tiny_model: Callable[..., Any],
+    tiny_tokens: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+) -> None:
+    config = config_of(*overrides)
+    given: list[Config] = []
+    real = plan.draft_block
+
+    def spy(*arguments: Any) -> Draft:
+        given.append(arguments[3])
+        return real(*arguments)
+
+    monkeypatch.setattr(plan, "draft_block", spy)
+    plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    assert given
+    known = to_plain(drafting_config(config))
+    assert all(to_plain(found) == known for found in given)
+
+
+@pytest.mark.parametrize("cost", ["distortion", "relative", "fisher"])
+def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
+    tiny_model: Callable[..., Any],
+    tiny_tokens: Callable[..., torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    cost: str,
+) -> None:
+    """So that a plan from shared drafts is the plan from drafts of its own, bit for bit."""
+    model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
+    for budget in ("wbits.average=2.5", "wbits.average=4", "wbits.widths=[3,16]"):
+        config = config_of(budget, f"wbits.cost={cost}", "wbits.scope=model")
+        shared = plan_compression(model, tokens, config)
+
+        def alone(config: Config) -> Config:
+            drafting = drafting_config(config)
+            drafting.wbits.widths = config.wbits.candidate_widths()
+            return drafting
+
+        assert {*ALL_WIDTHS} - {*alone(config).wbits.candidate_widths()}
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "drafting_config", alone)
+            own = plan_compression(model, tokens, config)
+        assert own.fingerprint() == shared.fingerprint()
+        assert own.stored()[1] == shared.stored()[1]
