@@ -1,4 +1,4 @@
-"""Arrows point one way: commands → experiment → {plan, pipeline} → {llm, method}."""
+"""Folders are in one order, and imports point only downwards in it."""
 
 import ast
 import re
@@ -8,37 +8,15 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mi_experiments"
 
-FORBIDDEN = {
-    "method": ("llm", "embedded", "config", "record", "plan", "pipeline", "experiment", "commands",
-               "tracking", "texts", "measure", "provenance", "progress", "dry_run", "atomic",
-               "resume", "drafts", "stored_model", "recorder", "phases", "drafting", "reuse",
-               "content_store"),
-    "llm": ("method", "embedded", "config", "record", "plan", "pipeline", "experiment", "commands",
-            "tracking", "texts", "measure", "provenance", "progress", "dry_run", "resume", "drafts",
-            "stored_model", "recorder", "phases", "drafting", "reuse"),
-    "embedded": ("method", "config", "record", "plan", "pipeline", "experiment", "commands"),
-    "record": ("config", "llm", "method", "plan", "pipeline", "experiment", "commands"),
-    "recorder": ("llm", "method", "plan", "pipeline", "experiment", "commands", "tracking"),
-    "drafts": ("plan", "pipeline", "experiment", "commands", "tracking", "embedded", "resume"),
-    "drafting": ("plan", "drafts", "measure", "experiment", "commands", "llm", "resume"),
-    "reuse": ("phases", "pipeline", "experiment", "commands", "tracking", "embedded"),
-    "stored_model": ("plan", "phases", "experiment", "commands", "tracking", "embedded"),
-    "phases": ("experiment", "commands", "embedded"),
-    "config": ("record", "plan", "pipeline", "experiment", "commands", "embedded"),
-    "plan": ("pipeline", "experiment", "commands", "tracking", "embedded"),
-    "pipeline": ("experiment", "commands", "tracking", "embedded"),
-    "tracking": ("plan", "pipeline", "experiment", "commands", "llm", "method"),
-    "experiment": ("commands",),
-    "views": ("plan", "pipeline", "experiment", "commands", "config", "llm", "method"),
-}  # fmt: skip
+FOLDERS = (
+    "commands", "reproduction", "sweeps", "experiment", "export", "compression", "comparison",
+    "planning", "records", "texts", "calibration", "config", "evaluation", "method", "llm",
+    "embedded", "persistence", "out_of_memory", "errors",
+)  # fmt: skip
+"""A folder imports only folders that come after it."""
 
-GROUND = {
-    "errors": set(),
-    "atomic": {"errors"},
-    "content_store": {"atomic", "errors"},
-    "resume": {"atomic", "errors"},
-}
-"""What everything may stand on, and all that it stands on itself."""
+STRANGERS = {"method": {"llm"}, "llm": {"method"}}
+"""Folders that do not know each other although the order would let them."""
 
 WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
           "save", "save_file", "save_model", "save_pretrained", "to_json_file", "to_parquet",
@@ -47,27 +25,27 @@ WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
 """Calls that may write a file; so may `open` with a mode."""
 
 MAY_WRITE = {
-    "atomic.py": {"write_bytes", "save_file"},
+    "persistence/atomic.py": {"write_bytes", "save_file"},
     # Into memory; the bytes go through atomic.
-    "record.py": {"write_table"},
-    "commands/formats.py": {"to_parquet", "to_csv"},
+    "records/result.py": {"write_table"},
+    "comparison/formats.py": {"to_parquet", "to_csv"},
     "commands/compare.py": {"write_table"},
     # Into the folder that it is given, which stored_model makes, reads and removes.
-    "llm/export.py": {"save_pretrained", "to_json_file"},
+    "export/dense.py": {"save_pretrained", "to_json_file"},
     # Into a temporary folder, to be hashed.
-    "llm/token_cache.py": {"save_pretrained"},
+    "texts/token_cache.py": {"save_pretrained"},
     # Locks, which hold nothing.
-    "content_store.py": {"open"},
+    "persistence/cache.py": {"open"},
     # Memory that the system may write out; the file has no name while it is used.
     "llm/activations.py": {"from_file"},
     # The lock, which holds nothing, and the log, which only grows.
-    "commands/run.py": {"open", "FileHandler"},
+    "experiment/directory.py": {"open", "FileHandler"},
     # The lock of a sweep, which only says who holds it.
-    "sweeps.py": {"open"},
+    "sweeps/outcomes.py": {"open"},
     # Figures, into a folder that the user names, drawn again in seconds.
-    "views/plots.py": {"savefig"},
+    "comparison/views/plots.py": {"savefig"},
     # To the server of Weights & Biases.
-    "views/workspace.py": {"save"},
+    "comparison/views/workspace.py": {"save"},
     # Rebuilds the model that the package carries, by hand.
     "embedded/train.py": {"save_pretrained"},
 }
@@ -75,7 +53,7 @@ MAY_WRITE = {
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules of the package that a file imports, by their first name."""
+    """Return the folders of the package that a file imports, and modules beside them."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mi_experiments"):
@@ -90,23 +68,31 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def files(room: str) -> list[Path]:
-    """Return the files of a room: a folder or one module."""
-    folder = PACKAGE / room
-    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+def files(folder: str) -> list[Path]:
+    """Return the files of a folder, or the one module of that name."""
+    place = PACKAGE / folder
+    return sorted(place.rglob("*.py")) if place.is_dir() else [PACKAGE / f"{folder}.py"]
 
 
-@pytest.mark.parametrize("room", FORBIDDEN)
-def test_arrows_point_one_way(room: str) -> None:
-    for path in files(room):
-        wrong = imports(path) & set(FORBIDDEN[room])
+def test_every_folder_has_its_place() -> None:
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert folders | modules == set(FOLDERS)
+
+
+@pytest.mark.parametrize("place", range(len(FOLDERS)), ids=FOLDERS)
+def test_arrows_point_one_way(place: int) -> None:
+    folder = FOLDERS[place]
+    allowed = set(FOLDERS[place:]) - STRANGERS.get(folder, set())
+    for path in files(folder):
+        wrong = imports(path) - allowed
         assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
 
 
-@pytest.mark.parametrize("room", GROUND)
-def test_the_ground_stands_on_nothing_else(room: str) -> None:
-    for path in files(room):
-        assert imports(path) <= GROUND[room]
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if (PACKAGE / name).is_dir()])
+def test_a_folder_says_its_one_job_in_a_line(folder: str) -> None:
+    first = (PACKAGE / folder / "__init__.py").read_text().splitlines()[0]
+    assert re.fullmatch(r'"""[A-Z].*\.(""")?', first)
 
 
 def writes(path: Path) -> set[str]:

@@ -87,7 +87,7 @@ def computed_by(opened: OpenModel, provenance: Provenance, blocks: str | None) -
 @functools.cache
 def source_hash() -> str:
     """Return the SHA-256 of this package's modules: no value outlives the code it came from."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     files = {str(file.relative_to(package)): file_hash(file) for file in package.rglob("*.py")}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 

@@ -102,7 +102,7 @@ def scrub_argument(argument: str) -> str:
 
 def checkout_commit() -> str | None:
     """Return the commit of the checkout that holds the package, `+` if it has local changes."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
 

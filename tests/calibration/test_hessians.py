@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
 
-from mi_experiments.calibration import hessians as measure
+from mi_experiments.calibration import hessians
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.errors import ResumableError
@@ -81,13 +81,13 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
     tokens, config = tiny_tokens(6, 16), config_of()
     expected = plan_compression(dense, tokens, config)
     measured: list[int] = []
-    real = measure.measure_fisher
+    real = hessians.measure_fisher
 
     def count(*args: Any, **options: Any) -> dict[str, Tensor]:
         measured.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(measure, "measure_fisher", count)
+    monkeypatch.setattr(hessians, "measure_fisher", count)
     seen: list[str] = []
 
     def plan(stop_at: int | None = None) -> Plan:
@@ -110,8 +110,8 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
     other.mkdir()
     commits = Commits(other, {})
     plan_compression(dense, tokens, config_of("wbits.cost=distortion"), commits=commits)
-    assert not (other / measure.FISHER).exists()
-    assert (tmp_path / measure.FISHER).exists()
+    assert not (other / hessians.FISHER).exists()
+    assert (tmp_path / hessians.FISHER).exists()
     assert len(measured) == 2
 
 

@@ -23,7 +23,7 @@ from faulty_models import (
 )
 from tiny_models import build_tiny_model
 
-from mi_experiments.compression import compress_linear as solving
+from mi_experiments.compression import compress_linear
 from mi_experiments.compression.totals import check_budget, check_fallbacks
 from mi_experiments.errors import AuditError, InputError, NumericalError, SingularError
 from mi_experiments.llm.nonfinite import Screen
@@ -54,9 +54,9 @@ def test_a_singular_hessian_is_damped_more_by_default_and_never_the_identity(
     tokens: torch.Tensor,
 ) -> None:
     seen: list[Any] = []
-    solve = solving.solve
+    solve = compress_linear.solve
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solving, "solve", lambda *args: seen.append(args) or solve(*args))
+        patch.setattr(compress_linear, "solve", lambda *args: seen.append(args) or solve(*args))
         linears = compress(build_singular(), tokens, [*UNDAMPED, *BLIND])
     report = linears.pop(SINGULAR).report
     assert report.status == "escalated"

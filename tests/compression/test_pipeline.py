@@ -8,14 +8,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mi_experiments.calibration import hessians as measure
-from mi_experiments.compression import compress_linear as solving
-from mi_experiments.compression import pipeline
+from mi_experiments.calibration import hessians
+from mi_experiments.compression import factorize_site, pipeline
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
-from mi_experiments.planning import plan
-from mi_experiments.planning import site_costs as drafts
+from mi_experiments.planning import plan, site_costs
 from mi_experiments.planning.plan import Plan, plan_compression
 
 ARCHITECTURES = ["llama", "qwen3", "opt", "gemma3", "gpt2", "gpt_neox"]
@@ -92,10 +90,11 @@ def test_every_site_has_one_hessian_and_one_factor(
         return counted
 
     monkeypatch.setattr(
-        measure, "HessianAccumulator", counting("hessians", measure.HessianAccumulator)
+        hessians, "HessianAccumulator", counting("hessians", hessians.HessianAccumulator)
     )
-    monkeypatch.setattr(drafts, "factorize", counting("plan factors", drafts.factorize))
-    monkeypatch.setattr(solving, "factorize", counting("sweep factors", solving.factorize))
+    monkeypatch.setattr(site_costs, "factorize", counting("plan factors", site_costs.factorize))
+    factorize = counting("sweep factors", factorize_site.factorize)
+    monkeypatch.setattr(factorize_site, "factorize", factorize)
     linears = compressed(tiny_model("llama"), tokens)
     sites = {linear.report.site for linear in linears}
     assert (len(linears), len(sites)) == (14, 8)

@@ -21,8 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import build_byte_tokenizer, build_tiny_model
 
-from mi_experiments.compression import compress_linear as solving
-from mi_experiments.compression import pipeline
+from mi_experiments.compression import compress_linear, pipeline
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.errors import AuditError, NumericalError, SingularError
 from mi_experiments.llm.inventory import LinearView
@@ -205,8 +204,8 @@ def test_the_audit_reads_what_was_written(
 def test_the_audit_catches_a_change_where_none_was_asked(
     tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave = solving.leave
-    monkeypatch.setattr(solving, "leave", lambda weight: leave(weight + 1e-3))
+    leave = compress_linear.leave
+    monkeypatch.setattr(compress_linear, "leave", lambda weight: leave(weight + 1e-3))
     with pytest.raises(AuditError, match=r"q_proj\): 1024 "):
         compress(build_tiny_model("llama"), tokens, ["wbits=unquantized", "sparsity=dense"])
 

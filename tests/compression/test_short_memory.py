@@ -13,7 +13,7 @@ from faulty_models import (
 )
 from tiny_models import build_tiny_model
 
-from mi_experiments.calibration import hessians as measures
+from mi_experiments.calibration import hessians
 from mi_experiments.calibration.drift import Twins
 from mi_experiments.errors import MemoryShortage
 from mi_experiments.llm.blocks import walk_blocks
@@ -85,7 +85,7 @@ def test_experts_with_few_tokens_are_measured_again_where_memory_is_short(
     overrides = [*BLIND, "recipe=textbook", "recipe.min_tokens=1000", "n_groups.count=1"]
     overrides += ["recipe.scarce_tokens=all_tokens", "sparsity=dense"]
     expected = compress(build_tiny_model("qwen3_moe"), tokens, overrides)
-    fail_once(monkeypatch, measures, "feed_all_tokens", 1)
+    fail_once(monkeypatch, hessians, "feed_all_tokens", 1)
     found = compress(build_tiny_model("qwen3_moe"), tokens, overrides)
     assert sum(linear.report.retries for linear in found.values()) > 0
     for name, linear in found.items():

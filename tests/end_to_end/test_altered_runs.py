@@ -23,8 +23,7 @@ from mi_experiments.compression import pipeline
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.records import provenance
 from mi_experiments.records.result import read_result
-from mi_experiments.reproduction import rows as reproduce_rows
-from mi_experiments.reproduction import unchanged as recalled
+from mi_experiments.reproduction import unchanged
 from mi_experiments.reproduction.verdicts import FAIL, NOT_RUN, PASS
 
 QUICK = ["recipe=textbook", "wbits=uniform", "n_groups=contiguous", "sparsity.scope=linear"]
@@ -88,7 +87,7 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MI_EXPERIMENTS_CACHE", str(root / "cache"))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
-        for module in (reproduce, reproduce_rows):
+        for module in (reproduce, rows):
             patch.setattr(module, "conf_directory", lambda: str(root / "conf"))
         patch.chdir(root)
         for name, overrides in rows.items():
@@ -337,7 +336,7 @@ def test_other_numerics_fail_by_their_number(
     judged: Callable[..., Judged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raised = provenance.NUMERICS_VERSION + 1
-    for module in (provenance, recalled):
+    for module in (provenance, unchanged):
         monkeypatch.setattr(module, "NUMERICS_VERSION", raised)
     changed = judged("branch")
     assert changed.code == 5

@@ -22,7 +22,7 @@ from mi_experiments.compression import pipeline
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.errors import MemoryShortage, NumericalError
-from mi_experiments.experiment import run_experiment as experiment
+from mi_experiments.experiment import run_experiment as running
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.export.packed import read_packed
@@ -85,7 +85,7 @@ def test_a_run_with_too_many_fallbacks_fails_at_its_end_and_loses_nothing(
     arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = arguments(build_singular(vocab_size=260), *UNDAMPED, *BLIND)
-    monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: draw_tokens())
+    monkeypatch.setattr(running, "calibration_sequences", lambda *_: draw_tokens())
     line = r"^1 of 14 linears \(7%\) .*: 1 escalated, first model.layers.1.mlp.down_proj; "
     with pytest.raises(NumericalError, match=line):
         run([*asked, "recipe.max_escalated=0.07"], tmp_path / "run")
@@ -114,7 +114,7 @@ def test_a_skipped_linear_is_exported_as_it_was_and_counted_as_it_is(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = build_singular(vocab_size=260)
-    monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: draw_tokens())
+    monkeypatch.setattr(running, "calibration_sequences", lambda *_: draw_tokens())
     asked = arguments(model, *UNDAMPED, *BLIND, "recipe.on_singular=skip", "export=dense")
     result = run(asked, tmp_path / "run")
     assert result.status == "completed"
@@ -142,14 +142,14 @@ def test_samples_that_are_not_finite_are_left_out_of_everything(
     """The run is that on the other samples, to the last bit."""
     asked = arguments(build_overflowing(vocab_size=260))
     tokens = draw_tokens(3)
-    monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: tokens)
+    monkeypatch.setattr(running, "calibration_sequences", lambda *_: tokens)
     alike = ["wbits.cost=relative", "sparsity.scope=linear"]  # so that the plan meets it
     with pytest.raises(NumericalError, match=r"^block 0, mlp.down_proj: .* sample 3, token 7, "):
         run([*asked, *alike, "dataset.on_nonfinite=error"], tmp_path / "error")
     result = run([*asked, "dataset.on_nonfinite=drop"], tmp_path / "drop")
     assert result.dropped == {"sample 3": "the output of model.layers.0"}
     kept = tokens[[0, 1, 2, 4, 5]]
-    monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: kept)
+    monkeypatch.setattr(running, "calibration_sequences", lambda *_: kept)
     clean = run([*asked, "dataset.on_nonfinite=drop"], tmp_path / "clean")
     assert clean.dropped == {}
     assert without_times(tmp_path / "drop") == without_times(tmp_path / "clean")
@@ -165,7 +165,7 @@ def test_at_most_half_of_the_samples_may_be_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = arguments(build_overflowing(vocab_size=260), "dataset.on_nonfinite=drop", *BLIND)
-    monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: draw_tokens(*loud))
+    monkeypatch.setattr(running, "calibration_sequences", lambda *_: draw_tokens(*loud))
     if 2 * len(loud) <= 6:
         assert len(run(asked, tmp_path / "run").dropped) == len(loud)
         return
@@ -180,9 +180,9 @@ def test_screening_is_not_repeated_when_a_run_goes_on(
     arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = arguments(build_overflowing(vocab_size=260), "dataset.on_nonfinite=drop", *BLIND)
-    monkeypatch.setattr(experiment, "calibration_sequences", lambda *_: draw_tokens(3))
+    monkeypatch.setattr(running, "calibration_sequences", lambda *_: draw_tokens(3))
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "make_plan", lambda *_: pytest.fail("stop here"))
+        patch.setattr(running, "make_plan", lambda *_: pytest.fail("stop here"))
         with pytest.raises(pytest.fail.Exception):
             run(asked, tmp_path / "run")
     monkeypatch.setattr(
@@ -312,7 +312,7 @@ from mi_experiments import experiment
 from mi_experiments.commands.run import main
 torch.set_num_threads(1)
 room = int(sys.argv.pop(1))
-evaluate = experiment.evaluate
+evaluate = running.evaluate
 
 def evaluate_in_a_cage(*arguments):
     # Not earlier: the tokenizer's library ends the process when it gets no memory.
@@ -320,7 +320,7 @@ def evaluate_in_a_cage(*arguments):
     resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
     return evaluate(*arguments)
 
-experiment.evaluate = evaluate_in_a_cage
+running.evaluate = evaluate_in_a_cage
 main()
 """
 

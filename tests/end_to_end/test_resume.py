@@ -14,126 +14,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_server import Ended, Server, serving
-from tiny_models import build_byte_tokenizer, build_tiny_model
+from crash_server import Ended
+from killed_runs import (
+    BLOCKS,
+    COMMAND,
+    LINEARS,
+    REMOVED,
+    TEXTS,
+    Place,
+    artefacts,
+    committed,
+    contents,
+    open_place,
+    work_left,
+)
 
 from mi_experiments.errors import InputError, ResumableError
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.persistence.commits import Commits, differences
 from mi_experiments.records.result import read_result
-
-BLOCKS = 3
-LINEARS = 7
-TEXTS = 2
-COMMAND = [
-    "model=local", "model.path=tiny", "model.seqlen=16", "dataset=text", "dataset.path=text.jsonl",
-    "dataset.nsamples=2", "dataset.batch_size=2", "evaluation.datasets.text.max_windows=2",
-    "+evaluation.datasets.other={corpus: text, path: other.txt, text_field: text, separator: '', "
-    "seqlen: 12, max_windows: 2, windows: joined, split: null, first_rows: null, seed: 0, "
-    "add_bos: auto}",
-    "n_groups.count=2", "n_groups.multiple=8", "tracking=disabled",
-    "sparsity.scope=linear", "wbits.cost=distortion",  # so that a draft a block is all of a plan
-    "reuse=false",  # so that every run computes all that it does
-]  # fmt: skip
-INCIDENTAL = ("run.log", "run.lock", "timings.parquet", "result.json")
-"""Files that differ between equal runs, because they hold times, or nothing."""
-
-REMOVED = ("drafts", "evaluations", "reports")
-"""What a completed run no longer has."""
-
-
-@dataclass
-class Place:
-    """A folder with a model and texts, a server for one command in it, and its unbroken run."""
-
-    root: Path
-    server: Server
-    reference: dict[str, Any]
-    sizes: dict[str, int]
-    ended: Ended
-
-    def fresh(self) -> Path:
-        """Return the name of a run directory that does not exist."""
-        shutil.rmtree(self.root / "run", ignore_errors=True)
-        return self.root / "run"
-
-    def run(self, **end: Any) -> Ended:
-        """Do or continue the run in that directory."""
-        return self.server.run("run", **end)
-
-
-def artefacts(run_dir: Path) -> dict[str, Any]:
-    """Return the content hash of every file of a run, and its record without times."""
-    files = [path for path in sorted(run_dir.rglob("*")) if path.is_file()]
-    found: dict[str, Any] = {
-        str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-        if path.name not in INCIDENTAL and path.suffix != ".damaged"
-    }
-    record = json.loads((run_dir / "result.json").read_text())
-    for key in ("seconds", "memory", "resumed"):
-        del record[key]
-    del record["provenance"]["started"]
-    return found | {"result.json": record}
-
-
-def contents(run_dir: Path) -> dict[str, bytes]:
-    """Return every byte of a run, but for its log."""
-    files = [path for path in run_dir.rglob("*") if path.is_file() and path.name != "run.log"]
-    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
-
-
-def committed(run_dir: Path) -> list[str]:
-    """Return the files that count."""
-    path = run_dir / "manifest.json"
-    return list(json.loads(path.read_text())["files"]) if path.is_file() else []
-
-
-def work_left(run_dir: Path) -> dict[str, int]:
-    """Return what a continued run must still do: all that is not committed, and nothing else."""
-    path = run_dir / "result.json"
-    if path.is_file() and read_result(run_dir).status == "completed":
-        return {"linears": 0, "drafts": 0, "texts": 0}
-    names = committed(run_dir)
-    folders = [name.split("/")[0] for name in names]
-    planned = "plan.safetensors" in names
-    return {
-        "linears": LINEARS * (BLOCKS - folders.count("reports")),
-        "drafts": 0 if planned else BLOCKS - folders.count("drafts"),
-        "texts": 2 * TEXTS - folders.count("evaluations"),
-    }
-
-
-def write_place(root: Path) -> None:
-    """Write a tiny model and two texts."""
-    model = build_tiny_model(
-        "llama", vocab_size=260, num_hidden_layers=BLOCKS, hidden_size=16, intermediate_size=24
-    )
-    model.save_pretrained(root / "tiny")
-    build_byte_tokenizer().save_pretrained(root / "tiny")
-    lines = [
-        json.dumps({"text": " ".join(f"{word * (i + 7) % 9973:x}" for word in range(1, 60))})
-        for i in range(20)
-    ]
-    (root / "text.jsonl").write_text("\n".join(lines) + "\n")
-    (root / "other.txt").write_text(" ".join(str(number) for number in range(300)))
-
-
-def open_place(root: Path, *choices: str) -> Iterator[Place]:
-    """Serve a command in a folder, after it has been done once without a break."""
-    write_place(root)
-    with serving(root, *COMMAND, *choices) as server:
-        # So that the tokens are in their cache, where no run writes them again.
-        assert server.run("earlier").code == 0
-        ended = server.run("run")
-        assert ended.code == 0, ended.out
-        sizes = {name: len(content) for name, content in contents(root / "run").items()}
-        yield Place(root, server, artefacts(root / "run"), sizes, ended)
 
 
 @pytest.fixture(scope="module")

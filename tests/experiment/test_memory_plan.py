@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.dry_run import dry_run
 from mi_experiments.experiment.memory_plan import (
@@ -31,11 +29,6 @@ NEEDS = Needs(
 )  # fmt: skip
 WORKING = (1 + 2 + 4) * GIB
 """Two Hessians and the forward pass are more than the site."""
-
-
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=list(overrides)))
 
 
 DEFAULTS = config_of()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mi_experiments.calibration import hessians as measure
+from mi_experiments.calibration import hessians
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.experiment import phases, reuse
 from mi_experiments.experiment.progress import Progress
@@ -81,7 +81,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     count(phases, "measure_perplexity")
     count(plan, "draft_block")
-    count(measure, "measure_fisher")
+    count(hessians, "measure_fisher")
     return counts
 
 
@@ -387,7 +387,8 @@ def test_a_weight_of_the_model_and_a_line_of_the_code_change_the_hashes(
     def hash_of(line: str) -> str:
         (tmp_path / "package" / "llm").mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / "llm" / "module.py").write_text(line)
-        monkeypatch.setattr(reuse, "__file__", str(tmp_path / "package" / "reuse.py"))
+        place = tmp_path / "package" / "experiment" / "reuse.py"
+        monkeypatch.setattr(reuse, "__file__", str(place))
         return reuse.source_hash.__wrapped__()
 
     assert hash_of("x = 1") == hash_of("x = 1") != hash_of("x = 2")

@@ -16,7 +16,7 @@ from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.experiment import phases
-from mi_experiments.experiment import run_experiment as experiment
+from mi_experiments.experiment import run_experiment as running
 from mi_experiments.experiment.dry_run import dry_run
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
@@ -73,14 +73,14 @@ def test_nothing_of_a_run_stays_alive(
 ) -> None:
     """The next run of a sweep must find the memory of this one free, and no autograd graph."""
     models: list[weakref.ref[Any]] = []
-    open_model = experiment.open_model
+    open_model = running.open_model
 
     def remember(*args: Any, **kwargs: Any) -> Any:
         opened = open_model(*args, **kwargs)
         models.append(weakref.ref(opened.model))
         return opened
 
-    monkeypatch.setattr(experiment, "open_model", remember)
+    monkeypatch.setattr(running, "open_model", remember)
     gc.collect()
     before = {id(item) for item in gc.get_objects() if issubclass(type(item), torch.Tensor)}
     run(config_of(), tmp_path / "run")

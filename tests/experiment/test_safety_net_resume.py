@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_resume import (
+from killed_runs import (
     BLOCKS,
     LINEARS,
     Place,

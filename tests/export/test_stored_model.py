@@ -29,7 +29,7 @@ from mi_experiments.export.stored_model import PARTS, StoredModel, same_bits, ti
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel, open_model
 from mi_experiments.method.pruning import Sparsity
-from mi_experiments.persistence import commits as resume
+from mi_experiments.persistence import commits
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.records.result import LinearReport
 
@@ -230,9 +230,12 @@ def test_sampling_settings_that_the_library_refuses_go_through(tmp_path: Path) -
 def test_each_block_is_committed_with_its_reports_and_what_the_export_asks_for(
     export: str, folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mi_experiments.export.stored_model.pack_linears", lambda linears, **storage: ({
-        linear.report.name: torch.ones(3, dtype=torch.uint8) for linear in linears
-    }, {"layouts": "{}"}))  # fmt: skip
+
+    def pack(linears: Any, **storage: Any) -> Any:
+        ones = {linear.report.name: torch.ones(3, dtype=torch.uint8) for linear in linears}
+        return ones, {"layouts": "{}"}
+
+    monkeypatch.setattr("mi_experiments.export.stored_model.pack_linears", pack)
     save_model(tmp_path / "original", "llama", torch.float32)
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run", export)
@@ -297,7 +300,7 @@ def test_a_block_that_is_not_read_back_as_it_was_does_not_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened, stored, block = one_block
-    save = resume.save_atomically
+    save = commits.save_atomically
 
     def save_another(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -305,7 +308,7 @@ def test_a_block_that_is_not_read_back_as_it_was_does_not_count(
             change(tensors)
         save(path, tensors, metadata)
 
-    monkeypatch.setattr(resume, "save_atomically", save_another)
+    monkeypatch.setattr(commits, "save_atomically", save_another)
     with pytest.raises(AuditError, match=message):
         stored.store(block)
     again = open_stored(opened, stored.commits.run_dir)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.method import bit_packing as packing
+from mi_experiments.method import bit_packing
 from mi_experiments.method.bit_count import Storage, average_bits, count_storage, find_layout
 from mi_experiments.method.bit_packing import pack, unpack
 from mi_experiments.method.grid import Grid, scale_groups, store_scale
@@ -174,7 +174,7 @@ def test_streams_have_the_counted_bytes_and_are_read_back_exactly(linear):
 @settings(max_examples=50, deadline=None)
 def test_chunks_that_end_inside_a_byte_change_nothing(linear, chunk):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "CHUNK", chunk)
+        patch.setattr(bit_packing, "CHUNK", chunk)
         assert_round_trip(linear)
 
 
@@ -182,13 +182,14 @@ def test_every_pattern_of_a_window_has_its_own_number():
     sparsity = Sparsity.structured(3, 7)
     kept = torch.combinations(torch.arange(7), 3)
     pruned = torch.ones(35, 7, dtype=torch.bool).scatter_(1, kept, value=False)
-    ranks = packing._rank(pruned, sparsity)
+    ranks = bit_packing._rank(pruned, sparsity)
     assert ranks.sort().values.tolist() == list(range(35))
-    assert torch.equal(packing._unrank(ranks, find_layout(None, pruned, sparsity, None)), pruned)
+    layout = find_layout(None, pruned, sparsity, None)
+    assert torch.equal(bit_packing._unrank(ranks, layout), pruned)
 
 
 def test_bits_are_written_lowest_first_without_gaps():
-    stream = packing._write([(torch.tensor([0b101, 0b110, 0b111]), 3), (torch.tensor([1]), 2)])
+    stream = bit_packing._write([(torch.tensor([0b101, 0b110, 0b111]), 3), (torch.tensor([1]), 2)])
     assert stream.tolist() == [0b11_110_101, 0b011]
 
 

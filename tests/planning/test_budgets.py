@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_plan import config_of
+from composed import config_of
 
 from mi_experiments.method.allocation import allocate_kept
 from mi_experiments.method.pruning import keep_parts, possible_parts

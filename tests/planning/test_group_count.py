@@ -6,22 +6,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from scipy.optimize import minimize
 
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
 from mi_experiments.planning.cost_key import drafting_config
 from mi_experiments.planning.group_count import LEAST, log_price, scale_bits
 from mi_experiments.planning.plan import plan_compression
 
 DENSE = ["sparsity=dense", "wbits.average=3", "dataset.batch_size=2", "n_groups.multiple=1",
          "n_groups.count=4", "recipe.damping=0.01"]  # fmt: skip
-
-
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=list(overrides)))
 
 
 @pytest.mark.parametrize("seed", range(5))

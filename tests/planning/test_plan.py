@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from safetensors.torch import load_file
 
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.compression.totals import check_sparsity
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
 from mi_experiments.errors import AuditError, InputError
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.method.grid import fit_grid, scale_groups
@@ -25,11 +23,6 @@ from mi_experiments.planning.plan import Plan, plan_compression
 from mi_experiments.planning.site_costs import Draft, draft_block
 
 ROWS, COLUMNS, GROUPS = 6, 12, 3
-
-
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=list(overrides)))
 
 
 @pytest.fixture

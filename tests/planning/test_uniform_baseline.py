@@ -5,12 +5,11 @@ from functools import cache
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config, has_safety_net
+from mi_experiments.config.config import has_safety_net
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import Grouping, group_channels
 from mi_experiments.method.information import InformationSummary
@@ -22,11 +21,6 @@ SHAPES = {"a.q": (48, 96), "a.k": (16, 96), "a.o": (96, 48), "b.q": (48, 96), "b
 
 
 @cache
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=list(overrides)))
-
-
 def mixed_plan(groups: int, average: float, widths: tuple[int, ...] = (3, 4)) -> Plan:
     """Return a plan whose groups have these widths, over and over."""
     linears = {}

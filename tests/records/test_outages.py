@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from test_tracking import KEY, BrokenRun, Listener, evaluation, read_summary
+from wandb_records import KEY, BrokenRun, Listener, evaluation, read_summary
 from wandb_server import WandbServer
 
 from mi_experiments.records import tracking

@@ -30,8 +30,8 @@ def test_a_pinned_revision_is_no_secret() -> None:
 def test_the_commit_is_that_of_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "mi_experiments"
-    package.mkdir()
+    package = tmp_path / "mi_experiments" / "records"
+    package.mkdir(parents=True)
     (package / "provenance.py").write_text("")
     monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     assert checkout_commit() is None

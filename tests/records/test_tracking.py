@@ -16,6 +16,15 @@ from pathlib import Path
 import pytest
 import wandb
 from hydra import compose, initialize_config_dir
+from wandb_records import (
+    KEY,
+    BrokenRun,
+    Listener,
+    evaluation,
+    read_records,
+    read_rows,
+    read_summary,
+)
 
 from mi_experiments.config.compose import from_hydra, to_plain
 from mi_experiments.config.config import Config, TrackingMode
@@ -24,7 +33,6 @@ from mi_experiments.records import tracking
 from mi_experiments.records.result import (
     LINEAR_SCHEMA,
     Bits,
-    Evaluation,
     LinearReport,
     Result,
     weighted_mean,
@@ -32,7 +40,6 @@ from mi_experiments.records.result import (
 from mi_experiments.records.tracking import METRICS, Tracker, asked_mode, sweep_name
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-KEY = "0123456789abcdef" * 2 + "deadbeef"
 
 
 @pytest.fixture(scope="module")
@@ -97,22 +104,6 @@ LINEARS = [
 ]
 
 
-def evaluation(perplexity: float) -> Evaluation:
-    return Evaluation(
-        protocol="embedded",
-        windows="joined",
-        seqlen=256,
-        nll=1.0,
-        perplexity=perplexity,
-        standard_error=0.1,
-        tokens=1000,
-        count=4,
-        dropped_tokens=3,
-        tokens_sha256="0" * 64,
-        floor=None,
-    )
-
-
 def result(config: Config, status: str = "completed", error: str | None = None) -> Result:
     return Result(
         status=status,
@@ -129,27 +120,6 @@ def result(config: Config, status: str = "completed", error: str | None = None) 
         seconds={"load": 0.1, "evaluate dense": 0.30000000000000004},
         resumed=0,
     )
-
-
-def inspect(directory: Path, *flags: str) -> str:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *flags, str(directory)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def read_summary(directory: Path) -> dict:
-    return json.loads(inspect(directory, "--summary"))
-
-
-def read_records(directory: Path) -> dict[str, list[dict]]:
-    records: dict[str, list[dict]] = {}
-    for line in inspect(directory).splitlines():
-        record = json.loads(line)
-        records.setdefault(record["type"], []).append(record[record["type"]])
-    return records
-
-
-def read_rows(records: dict[str, list[dict]], axis: str) -> list[dict]:
-    return [record["item"] for record in records["history"] if axis in record["item"]]
 
 
 def read_table(directory: Path, name: str) -> list[dict]:
@@ -338,34 +308,6 @@ def test_a_sweep_is_named_by_its_path_below_sweeps(tmp_path):
     assert len(sweep_name(tmp_path / ("n" * 200))) == 80
 
 
-class Listener:
-    """A local port that counts who connects and never answers."""
-
-    def __enter__(self):
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        self.connections = []
-        self.thread = threading.Thread(target=self.accept)
-        self.thread.start()
-        return self
-
-    def accept(self):
-        while True:
-            connection, _ = self.socket.accept()
-            if self.connections and self.connections[-1] is None:
-                connection.close()
-                return
-            self.connections.append(connection)
-
-    def __exit__(self, *_):
-        self.connections.append(None)
-        socket.create_connection(self.socket.getsockname()).close()
-        self.thread.join()
-        for connection in self.connections[:-1]:
-            connection.close()
-        self.socket.close()
-
-
 class Terminal(io.StringIO):
     """Somebody sits there, and must not be asked."""
 
@@ -441,34 +383,6 @@ def test_a_client_that_cannot_even_write_leaves_the_run_alone(config, tmp_path):
     assert (tracker.mode, tracker.directory, tracker.commands()) == ("disabled", None, [])
     assert tracker.fallback is not None
     assert tracker.fallback.startswith("W&B records nothing: ")
-
-
-class BrokenRun:
-    """A client whose named methods raise, or never return."""
-
-    url = None
-
-    def __init__(self, directory: Path, broken: str, hang: threading.Event | None):
-        self.dir = str(directory / "files")
-        self.summary = self
-        self.broken, self.hang = broken, hang
-        self.calls = []
-
-    def call(self, name):
-        self.calls.append(name)
-        if name == self.broken:
-            if self.hang is None:
-                raise ConnectionResetError("Connection lost\nwith details")
-            self.hang.wait(30)
-
-    def log(self, row):
-        self.call("log")
-
-    def update(self, values):
-        self.call("update")
-
-    def finish(self, exit_code):
-        self.call("finish")
 
 
 @pytest.mark.parametrize("hangs", [False, True])

@@ -8,11 +8,11 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_tracking import read_records, read_rows, read_summary
 from wandb.sdk.launch.sweeps.utils import (
     create_sweep_command,
     create_sweep_command_args,
 )
+from wandb_records import read_records, read_rows, read_summary
 
 from mi_experiments.comparison.run_table import flatten
 from mi_experiments.config.compose import conf_directory, from_hydra, to_plain

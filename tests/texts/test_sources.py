@@ -24,7 +24,7 @@ from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.embedded import language
 from mi_experiments.errors import InputError
-from mi_experiments.texts import sources as texts
+from mi_experiments.texts import sources
 from mi_experiments.texts.sources import (
     calibration_sequences,
     evaluation_texts,
@@ -216,10 +216,10 @@ def test_one_shard_of_several_is_data(corpora: Path) -> None:
         *given, "corpora.c4.splits.train=[en/c4-train.00000-of-01024.json.gz,"
         "en/c4-validation.00000-of-00008.json.gz]", corpora=corpora,
     )  # fmt: skip
-    source = texts.calibration_source(both)
+    source = sources.calibration_source(both)
     assert source is not None
     assert list(source.read()) == rows("c4", "train") + rows("c4", "validation", 1300)
-    source = texts.calibration_source(config)
+    source = sources.calibration_source(config)
     assert source is not None
     assert list(source.read()) == rows("c4", "validation", 1300)
 
@@ -299,7 +299,7 @@ def test_what_was_tokenized_is_neither_read_nor_tokenized_again(
         raise AssertionError("it is in the cache")
 
     for name in ("read_documents", "calibration_tokens", "evaluation_windows"):
-        monkeypatch.setattr(texts, name, refuse)
+        monkeypatch.setattr(sources, name, refuse)
     assert torch.equal(calibration_sequences(TOKENIZER, config), calibration)
     for before, after in zip(evaluation, evaluation_texts(TOKENIZER, config), strict=True):
         assert (before.sha256, before.dropped_tokens) == (after.sha256, after.dropped_tokens)

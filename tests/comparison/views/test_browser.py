@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chromium import Node, Opened, Tree, open_page
-from synthetic_runs import make_broken_run, make_linears, make_run
-from test_page import HOSTILE
+from synthetic_runs import HOSTILE, make_broken_run, make_linears, make_run
 
 from mi_experiments.commands.compare import main
 from mi_experiments.comparison.run_table import read_runs

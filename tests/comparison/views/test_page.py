@@ -8,21 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from synthetic_runs import compare_runs, make_broken_run, make_linears, make_run
+from synthetic_runs import HOSTILE, compare_runs, make_broken_run, make_linears, make_run
 
 from mi_experiments.comparison.views.data import to_plain
 from mi_experiments.comparison.views.page import to_script_json, write_page
-
-HOSTILE = [
-    "</script><script>window.hacked=1</script>",
-    "<img src=x onerror=window.hacked=1>",
-    "<!--<script>",
-    "]]>&amp;\"'`${1}",
-    "@SCRIPT@@DATA@@POLICY@",
-    "\u2028line\u2029\x7f\ud7ff",
-    "$a$_{%}\\",
-    "__proto__",
-]
 
 
 class Page(HTMLParser):
