@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.matmul_hooks import alter
+from mi_experiments.llm.matmul_hooks import replace_output
 from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.sites import Site
 
@@ -45,7 +45,7 @@ class Observation:
 
 
 @dataclass(frozen=True, eq=False)
-class Twins:
+class DensePair:
     """A block as it is being compressed, and the same block of the dense model.
 
     Attributes:
@@ -62,7 +62,7 @@ class Twins:
         return find_writers(self.dense)
 
     @classmethod
-    def open(cls, block: Block, stream: Stream | None) -> "Twins":
+    def open(cls, block: Block, stream: Stream | None) -> "DensePair":
         """Copy a block before it is compressed.
 
         Args:
@@ -94,12 +94,14 @@ class Twins:
         """
         if site.routed:
             raise ValueError(f"{site.name} reads other tokens in the dense model; do not pair them")
-        (twin,) = [twin for twin in self.dense.sites if twin.name == site.name]
+        (dense_site,) = [
+            dense_site for dense_site in self.dense.sites if dense_site.name == site.name
+        ]
         later = self.writers.get(site.linears[0].name)
         now, before = (
-            (walk_inputs(self.block, site), walk_inputs(self.dense, twin))
+            (walk_inputs(self.block, site), walk_inputs(self.dense, dense_site))
             if later is None
-            else (walk_writer(self.block, site, later), walk_writer(self.dense, twin, later))
+            else (walk_writer(self.block, site, later), walk_writer(self.dense, dense_site, later))
         )
         for (compressed, after), (dense, wanted) in zip(now, before, strict=True):
             drift = wanted - after if wanted is not None and after is not None else None
@@ -168,7 +170,7 @@ def silence(block: Block, names: Sequence[str]) -> Iterator[None]:
     """Let linears of a block return zeros."""
     silent = set(names)
     chosen = [linear for linear in block.linears if linear.name in silent]
-    with alter(chosen, lambda linear, inputs, output: torch.zeros_like(output)):
+    with replace_output(chosen, lambda linear, inputs, output: torch.zeros_like(output)):
         yield
 
 
@@ -182,5 +184,5 @@ def capture(linear: LinearView) -> Iterator[list[Tensor]]:
         seen.extend((inputs.clone(), output.clone()))
         return output
 
-    with alter([linear], keep):
+    with replace_output([linear], keep):
         yield seen

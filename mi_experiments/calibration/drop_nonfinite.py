@@ -21,10 +21,10 @@ from mi_experiments.persistence.commits import Commits
 log = logging.getLogger(__name__)
 
 
-SCREENING = "evaluations/screening.json"
+DROPPED = "evaluations/dropped.json"
 
 
-def screen_samples(
+def find_nonfinite(
     model: PreTrainedModel,
     tokens: Int[Tensor, "nsamples seqlen"],
     *,
@@ -48,20 +48,20 @@ def screen_samples(
         on_block: Called after each block.
     """
     path, modules = block_list(model, path)
-    rejected: dict[int, str] = {}
+    dropped: dict[int, str] = {}
     with torch.no_grad():
         with held(weights, 0):
             stream = open_stream(
-                model, path, modules, tokens, batch_size, allocate, rejected=rejected
+                model, path, modules, tokens, batch_size, allocate, dropped=dropped
             )
         for index, module in enumerate(modules):
             with held(weights, index):
                 stream.advance(f"{path}.{index}", module)
             on_block()
-    return dict(sorted(rejected.items()))
+    return dict(sorted(dropped.items()))
 
 
-def screen_calibration(
+def drop_nonfinite(
     opened: OpenModel,
     calibration: Int[Tensor, "nsamples seqlen"],
     batch_size: int,
@@ -86,9 +86,9 @@ def screen_calibration(
     Raises:
         NumericalError: more than half of them are not finite.
     """
-    committed = commits.read_json(SCREENING) if commits is not None else None
+    committed = commits.read_json(DROPPED) if commits is not None else None
     if committed is None:
-        rejected = screen_samples(
+        dropped = find_nonfinite(
             opened.model,
             calibration,
             batch_size=batch_size,
@@ -98,17 +98,17 @@ def screen_calibration(
             on_block=on_block,
         )
         if commits is not None:
-            commits.commit({SCREENING: json.dumps(rejected).encode()})
+            commits.commit({DROPPED: json.dumps(dropped).encode()})
     else:
-        rejected = {int(index): where for index, where in committed.items()}
-    if rejected:
-        index, where = next(iter(rejected.items()))
+        dropped = {int(index): where for index, where in committed.items()}
+    if dropped:
+        index, where = next(iter(dropped.items()))
         line = (
-            f"{len(rejected)} of {len(calibration)} calibration samples are not finite in the "
+            f"{len(dropped)} of {len(calibration)} calibration samples are not finite in the "
             f"dense model, the first sample {index} in {where}"
         )
-        if 2 * len(rejected) > len(calibration):
+        if 2 * len(dropped) > len(calibration):
             raise NumericalError(f"{line}: more than half; try model.dtype=float32 or other texts")
         log.warning("%s: left out", line)
-    kept = [index for index in range(len(calibration)) if index not in rejected]
-    return calibration[kept], {f"sample {index}": where for index, where in rejected.items()}
+    kept = [index for index in range(len(calibration)) if index not in dropped]
+    return calibration[kept], {f"sample {index}": where for index, where in dropped.items()}

@@ -1,4 +1,4 @@
-"""How much the loss feels each output of each linear: the diagonal of the Fisher information.
+"""The diagonal of the Fisher information about each output of each linear.
 
 For one sequence, the loss L is the sum over its positions of the negative log-likelihood (nats) of
 a label drawn from the model's own prediction at that position: the true Fisher information, not the
@@ -31,7 +31,7 @@ from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
 from mi_experiments.llm.inventory import Inventory, LinearView
 from mi_experiments.llm.logits import PROBE_TOKENS, check_tail, compute_logits
-from mi_experiments.llm.matmul_hooks import alter
+from mi_experiments.llm.matmul_hooks import replace_output
 from mi_experiments.llm.replay import Stream, open_stream
 from mi_experiments.llm.streaming import BlockWeights
 
@@ -214,7 +214,7 @@ def _go_back(
 
     for index, hidden, call in stream.batches():
         leaf = hidden.detach().requires_grad_()
-        with alter(linears, collect):
+        with replace_output(linears, collect):
             output = call.replay(module, leaf)
         gradient = gradients[index : index + 1]
         gradient.copy_(torch.autograd.grad(output, leaf, gradient.to(stream.device))[0])
@@ -227,13 +227,13 @@ def _go_back(
 def _check_finite(gradient: Tensor, stream: Stream, index: int, where: str) -> None:
     """Raise, naming the sample, if a gradient has a NaN or an infinity."""
     if not gradient.isfinite().all():
-        sample, dtype = stream.screen.names[index], stream.hidden.dtype
+        sample, dtype = stream.finite.names[index], stream.hidden.dtype
         advice = "; try model.dtype=float32" if dtype.itemsize < 4 else ""
         raise NumericalError(f"{sample}: the gradients on {where} are not finite ({dtype}){advice}")
 
 
 def _complete(linears: Sequence[LinearView], sums: dict[str, Tensor]) -> None:
-    """Add zeros for the experts that no token is routed to, which the loss does not feel.
+    """Add zeros for the experts that no token is routed to, whose Fisher information is zero.
 
     Raises:
         InputError: If another linear, or all experts of a parameter, are not called.

@@ -1,4 +1,4 @@
-"""Measure what sites read, a Hessian each, and what the loss feels of their linears' outputs."""
+"""Measure the Hessian of what each site reads, and the Fisher information of a plan."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.calibration.drift import Twins
+from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.fisher import measure_fisher
 from mi_experiments.calibration.scarce_experts import feed_all_tokens
 from mi_experiments.config.config import Config, measures_loss
@@ -25,20 +25,20 @@ from mi_experiments.method.targets import Drift, DriftAccumulator
 from mi_experiments.out_of_memory import until_it_fits
 from mi_experiments.persistence.commits import Commits
 
-LOSS_FIELDS = (
+FISHER_FIELDS = (
     "seed",
     "model.ignore",
     "model.blocks",
     "wbits.fisher_samples",
 )
-"""Of what the loss feels of each output."""
+"""Fields of the config that Fisher information depends on."""
 
 
 NAMED_TOKENS = 16
 """Tokens that are kept of a site for messages."""
 
-FISHER = "drafts/fisher.safetensors"
-"""What the loss feels, committed once a run."""
+FISHER = "site_costs/fisher.safetensors"
+"""Name under which Fisher information is committed, once a run."""
 
 
 def check_weights(linears: Iterable[LinearView]) -> None:
@@ -85,7 +85,7 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
                 accumulators[site.name].update(inputs)
 
         block.feed(sites, consume)
-        return {site.name: finish(block, site, accumulators[site.name]) for site in sites}
+        return {site.name: finish_hessian(block, site, accumulators[site.name]) for site in sites}
 
     return until_it_fits(measure, block.stream.shrink)
 
@@ -151,12 +151,12 @@ def measure_scarce(
                 accumulators[site.name].update(inputs)
 
         feed_all_tokens(block, scarce, consume)
-        return {site.name: finish(block, site, accumulators[site.name]) for site in scarce}
+        return {site.name: finish_hessian(block, site, accumulators[site.name]) for site in scarce}
 
     return until_it_fits(measure, block.stream.shrink)
 
 
-def measure_twins(twins: Twins, site: Site) -> tuple[Hessian, Drift]:
+def measure_dense_pair(pair: DensePair, site: Site) -> tuple[Hessian, Drift]:
     """Return the Hessian of what a site reads now, and how far that is from the dense model.
 
     Where memory is short that is done again, from the beginning, in batches of half the size.
@@ -169,15 +169,15 @@ def measure_twins(twins: Twins, site: Site) -> tuple[Hessian, Drift]:
 
     def measure() -> tuple[Hessian, Drift]:
         # The sample serves the plan's rank statistics; here it only names what is wrong.
-        hessian = accumulator(twins.block, site, NAMED_TOKENS)
-        drift = DriftAccumulator(site.columns, *arithmetic(twins.block))
-        with site_context(twins.block, site):
-            for batch in twins.observe(site):
+        hessian = accumulator(pair.block, site, NAMED_TOKENS)
+        drift = DriftAccumulator(site.columns, *arithmetic(pair.block))
+        with site_context(pair.block, site):
+            for batch in pair.observe(site):
                 hessian.update(batch.compressed)
                 drift.update(batch.compressed, batch.dense, batch.drift)
             return hessian.finish(), drift.finish()
 
-    return until_it_fits(measure, twins.shrink)
+    return until_it_fits(measure, pair.shrink)
 
 
 def accumulator(block: Block, site: Site, sample_tokens: int) -> HessianAccumulator:
@@ -186,7 +186,7 @@ def accumulator(block: Block, site: Site, sample_tokens: int) -> HessianAccumula
     seqlen = block.stream.hidden.shape[1]
 
     def name_token(token: int) -> str:
-        sample = block.stream.screen.names[token // seqlen]
+        sample = block.stream.finite.names[token // seqlen]
         return (
             f"token {token} of those routed here"
             if site.routed
@@ -208,13 +208,13 @@ def arithmetic(block: Block) -> tuple[torch.device, torch.dtype]:
     return block.stream.device, torch.promote_types(hidden.dtype, torch.float32)
 
 
-def finish(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian:
+def finish_hessian(block: Block, site: Site, accumulator: HessianAccumulator) -> Hessian:
     """Return the Hessian of a site, or say whose it could not be."""
     with site_context(block, site):
         return accumulator.finish()
 
 
-def measure_loss(
+def measure_plan_fisher(
     model: PreTrainedModel,
     calibration: Int[Tensor, "nsamples seqlen"],
     config: Config,
@@ -224,7 +224,7 @@ def measure_loss(
     commits: Commits | None = None,
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Float[Tensor, "_"]]:
-    """Return what the loss feels of each output of each linear, if the budget is spent by that.
+    """Return the Fisher information about each output of each linear, if the budget is spent by it.
 
     Args:
         model: the dense model.
@@ -237,7 +237,7 @@ def measure_loss(
     """
     if not measures_loss(config):
         return {}
-    config = narrow(config, LOSS_FIELDS)
+    config = narrow(config, FISHER_FIELDS)
     if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
         return committed[0]
     fisher = measure_fisher(

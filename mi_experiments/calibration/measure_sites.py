@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from mi_experiments.calibration.drift import Twins
+from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.hessians import (
     in_passes,
+    measure_dense_pair,
     measure_hessians,
     measure_scarce,
-    measure_twins,
 )
 from mi_experiments.config.config import Config
 from mi_experiments.config.method import ScarceTokens
@@ -37,20 +37,20 @@ class Measured:
 
 
 def measure_sites(
-    block: Block, twins: Twins | None, config: Config, hessian_bytes: int | None = None
+    block: Block, pair: DensePair | None, config: Config, hessian_bytes: int | None = None
 ) -> Iterator[tuple[Site, Measured]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
     The experts of one stage are measured together, and without drift: the dense model sends them
     other tokens.
     """
-    if twins is None and not config.recipe.true_sequential:
+    if pair is None and not config.recipe.true_sequential:
         stages = [list(block.sites)]
     else:
         stages = [list(sites) for _, sites in groupby(block.sites, lambda site: site.stage)]
     for sites in stages:
-        if twins is not None and not sites[0].routed:
-            hessian, drift = measure_twins(twins, sites[0])
+        if pair is not None and not sites[0].routed:
+            hessian, drift = measure_dense_pair(pair, sites[0])
             yield sites[0], Measured(hessian, drift, hessian.tokens)
             continue
         for together in in_passes(sites, hessian_bytes):

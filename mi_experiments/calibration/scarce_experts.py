@@ -16,7 +16,7 @@ from mi_experiments.errors import InputError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.calls import Stop, hooks
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.matmul_hooks import watch
+from mi_experiments.llm.matmul_hooks import on_input
 from mi_experiments.llm.sites import Site
 
 
@@ -81,7 +81,7 @@ def _feed_expert(
         consume(site, inputs.flatten(0, -2))
         raise Stop
 
-    with watch([linear], read), suppress(Stop):
+    with on_input([linear], read), suppress(Stop):
         linear.module(hidden, torch.full_like(chosen[:, :1], expert), shares[:, :1])
         # Stopped, unless the expert is one that does nothing, as LongCat's are beyond a number.
         raise _refusal(linear)

@@ -168,7 +168,7 @@ def judge_row(
             if note.startswith("dense: "):
                 wrong[key] = row
     judgements = judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
-    if not (other or asked.expected.fingerprint):
+    if not (other or asked.expected.content_hashes):
         other = unproved(asked.model, ran["model"], judgements, shapes)
     return set_aside(judgements, other), result
 
@@ -220,8 +220,8 @@ def run_row(
         same = not other and not any(line.startswith(("model.", "evaluation.")) for line in changes)
         partial = dataclasses.replace(read_result(run_dir), dense=dict(dense))
         # A row that is not run as it is fails by what was changed, and here by its number alone.
-        prints = {} if changes else config.expected.fingerprint
-        expected = dataclasses.replace(config.expected, fingerprint=prints)
+        prints = {} if changes else config.expected.content_hashes
+        expected = dataclasses.replace(config.expected, content_hashes=prints)
         judged = judge(row, config.model.name, expected, partial, [], signatures)
         bad = [j for j in judged if j.phase == "dense" and j.verdict == FAIL]
         if same and bad:

@@ -97,7 +97,7 @@ def aim(
 
 
 def leave(original: Float[Tensor, "rows columns"]) -> Swept:
-    """Return a matrix as it is: nothing pruned, nothing quantized, no loss."""
+    """Return a matrix as it is: nothing pruned, nothing quantized, no error."""
     return Swept(
         original,
         None,
@@ -118,14 +118,14 @@ def erase(
     """
     pruned = torch.ones_like(original, dtype=torch.bool)
     zeros = torch.zeros_like(original)
-    loss = (original.to(hessian.matrix.dtype) @ hessian.matrix * original).sum(1)
+    quadratic_error = (original.to(hessian.matrix.dtype) @ hessian.matrix * original).sum(1)
     grid = fit(zeros, linear_plan, config, pruned)
     if grid is None:
-        return Swept(zeros, None, pruned, loss), None
+        return Swept(zeros, None, pruned, quadratic_error), None
     columns = grid.quantized.nonzero()[:, 0]
     codes = torch.zeros_like(original, dtype=torch.int16)
     codes[:, columns] = grid.encode(zeros[:, columns], columns)
-    return Swept(zeros, codes, pruned, loss), grid
+    return Swept(zeros, codes, pruned, quadratic_error), grid
 
 
 def fit(

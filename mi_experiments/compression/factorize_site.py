@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mi_experiments.calibration.drift import Twins
+from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.hessians import site_context
 from mi_experiments.calibration.measure_sites import Measured, measure_sites
 from mi_experiments.config.config import Config
@@ -66,13 +66,13 @@ class SiteStatistics:
 
 def measure_statistics(
     block: Block,
-    twins: Twins | None,
+    pair: DensePair | None,
     plan: Plan,
     config: Config,
     hessian_bytes: int | None = None,
 ) -> Iterator[tuple[Site, SiteStatistics]]:
     """Measure and factorize each site when it is asked for."""
-    sites = measure_sites(block, twins, config, hessian_bytes)
+    sites = measure_sites(block, pair, config, hessian_bytes)
     while True:
         # Only while measuring: what the caller does with a site is counted there.
         with count_retries() as retries:

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float32, Int, Int32, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mi_experiments.calibration.drift import Twins
+from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.hessians import check_weights, site_context
 from mi_experiments.compression.compress_linear import (
     Solution,
@@ -146,11 +146,11 @@ def compress_model(
     )
     dense: Stream | None = None
     for block in walk:
-        twins = Twins.open(block, dense) if corrects_targets(config) else None
+        pair = DensePair.open(block, dense) if corrects_targets(config) else None
         if not restore(block.index):
             check_weights(block.linears)
             linears = []
-            found = measure_statistics(block, twins, plan, config, hessian_bytes)
+            found = measure_statistics(block, pair, plan, config, hessian_bytes)
             for site, shared in found:
                 for linear in site.linears:
                     with site_context(block, site, linear):
@@ -158,7 +158,7 @@ def compress_model(
                     give_back(4 * linear.rows * linear.columns)
                     on_linear(linears[-1].report)
             yield CompressedBlock(block.index, linears)
-        dense = twins.advance() if twins else None
+        dense = pair.advance() if pair else None
 
 
 def compress_linear(

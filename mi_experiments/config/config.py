@@ -167,7 +167,7 @@ def corrects_targets(config: Config) -> bool:
 
 
 def measures_loss(config: Config) -> bool:
-    """Say whether bits or pruned weights are spent by what the loss feels of each output."""
+    """Say whether bits or pruned weights are spent by Fisher information."""
     wbits, sparsity = config.wbits, config.sparsity
     mixed = wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
     return mixed or (sparsity.allocated and sparsity.cost is Cost.fisher)

@@ -48,9 +48,9 @@ class NumbersConfig:
 
 @dataclass
 class ExpectedConfig:
-    """What a source says of a run; `fingerprint` holds the content hashes of a pinned one."""
+    """What a source says of a run; `content_hashes` holds the content hashes of a pinned one."""
 
     source: str
     dense: NumbersConfig
     compressed: NumbersConfig
-    fingerprint: dict[str, str]
+    content_hashes: dict[str, str]

@@ -17,7 +17,7 @@ from mi_experiments.errors import NumericalError
 from mi_experiments.evaluation.perplexity import average
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
-from mi_experiments.llm.calls import Form
+from mi_experiments.llm.calls import BlockOutput
 from mi_experiments.llm.logits import (
     PROBE_TOKENS,
     check_tail,
@@ -125,7 +125,7 @@ def measure_divergence(
 def measure_token_divergence(
     model: PreTrainedModel,
     modules: nn.ModuleList,
-    form: Form,
+    form: BlockOutput,
     dense: Float[Tensor, "tokens hidden"],
     compressed: Float[Tensor, "tokens hidden"],
     logits_chunk: int,

@@ -45,7 +45,7 @@ def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
             finished = result if result.status == "completed" else None
         begun = read_manifest(run_dir)
         if begun is not None:
-            refuse_changes(run_dir, begun["fingerprint"]["config"], asked_config(config))
+            refuse_changes(run_dir, begun["run_identity"]["config"], asked_config(config))
         elif finished is not None:
             refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
         yield finished
@@ -95,7 +95,7 @@ def save_composition(composed: DictConfig, run_dir: Path) -> None:
 def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]) -> DictConfig:
     """Return the config that a run began with, changed by what is given beside `resume=`.
 
-    Changes that move a number are refused later, by the fingerprint, which shows them.
+    Changes that move a number are refused later, by the run's identity, which shows them.
 
     Raises:
         InputError: there is no such run, or a change is a choice of a group.

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_experiments.calibration.drop_nonfinite import screen_calibration
+from mi_experiments.calibration.drop_nonfinite import drop_nonfinite
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.compression.totals import totals
 from mi_experiments.config.config import Config
 from mi_experiments.evaluation.perplexity import Perplexity, measure_perplexity
+from mi_experiments.experiment.cache import RunCache
 from mi_experiments.experiment.memory_plan import MemoryPlan
 from mi_experiments.experiment.progress import Progress
-from mi_experiments.experiment.reuse import Reuse
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.export.stored_model import StoredModel
 from mi_experiments.llm.activations import Allocate
@@ -46,7 +46,7 @@ class Run:
         commits: what is finished.
         stored: the compressed blocks.
         memory: what lives where.
-        reuse: what other jobs have computed.
+        cache: what other jobs have computed.
         allocate: makes room for hidden states.
         recorder: of the result.
         tracker: of the run.
@@ -62,7 +62,7 @@ class Run:
     commits: Commits
     stored: StoredModel
     memory: MemoryPlan
-    reuse: Reuse
+    cache: RunCache
     allocate: Allocate
     recorder: Recorder
     tracker: Tracker
@@ -70,15 +70,15 @@ class Run:
     stop: StopRequest
 
 
-def screen(run: Run) -> Run:
+def check_samples(run: Run) -> Run:
     """Leave out the calibration samples that are not finite in the dense model."""
-    with run.progress.task("screen", total=len(run.opened.weights.blocks)) as advance:
+    with run.progress.task("check samples", total=len(run.opened.weights.blocks)) as advance:
 
         def on_block() -> None:
             advance()
             run.stop.check()
 
-        calibration, dropped = screen_calibration(
+        calibration, dropped = drop_nonfinite(
             run.opened,
             run.calibration,
             run.config.dataset.batch_size,
@@ -131,7 +131,7 @@ def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: 
 
         dense = phase == "dense"
         measured = (
-            run.reuse.perplexity(text.name, text.windows, wave_tokens, measure)
+            run.cache.perplexity(text.name, text.windows, wave_tokens, measure)
             if dense
             else measure()
         )
@@ -159,7 +159,7 @@ def make_plan(run: Run) -> Plan:
         steps = count_steps(blocks, run.config)
         with (
             run.progress.task("plan", total=steps) as advance,
-            run.reuse.plan(run.commits, run.calibration, blocks) as share,
+            run.cache.plan(run.commits, run.calibration, blocks) as share,
         ):
 
             def on_block(block: str) -> None:
@@ -178,11 +178,11 @@ def make_plan(run: Run) -> Plan:
                 commits=run.commits,
             )
         # Before it is written: a plan that came out differently must not take the place of one.
-        run.commits.bind("plan", plan.fingerprint())
+        run.commits.bind("plan", plan.sha256())
         run.commits.commit({PLAN: plan.stored()})
     else:
         plan = Plan.read(*committed)
-        run.commits.bind("plan", plan.fingerprint())
+        run.commits.bind("plan", plan.sha256())
     return plan
 
 

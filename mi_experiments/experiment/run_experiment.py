@@ -14,17 +14,17 @@ from mi_experiments.config.secrets import scrub
 from mi_experiments.config.texts import OnNonfinite
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import MiError, ResumableError
+from mi_experiments.experiment.cache import RunCache, computed_by
 from mi_experiments.experiment.memory_plan import in_a_line, plan_run
-from mi_experiments.experiment.phases import PLAN, Run, compress, evaluate, make_plan, screen
+from mi_experiments.experiment.phases import PLAN, Run, check_samples, compress, evaluate, make_plan
 from mi_experiments.experiment.progress import Progress
-from mi_experiments.experiment.reuse import Reuse, computed_by
 from mi_experiments.experiment.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.export.stored_model import PARTS, StoredModel, tidy
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
 from mi_experiments.persistence.commits import Commits
-from mi_experiments.records.provenance import fingerprint, measure_provenance
+from mi_experiments.records.provenance import measure_provenance, run_identity
 from mi_experiments.records.recorder import Recorder
 from mi_experiments.records.result import Evaluation, Result
 from mi_experiments.records.tracking import Tracker
@@ -97,8 +97,8 @@ def compute(
     with recorder.phase("load"):
         run = open_run(config, recorder, tracker, progress, stop)
     if config.dataset.on_nonfinite is OnNonfinite.drop:
-        with recorder.phase("screen"):
-            run = screen(run)
+        with recorder.phase("check samples"):
+            run = check_samples(run)
     with recorder.phase("evaluate dense"):
         evaluate(run, "dense", run.opened.weights)
     if on_dense is not None:
@@ -111,7 +111,7 @@ def compute(
         evaluate(run, "compressed", run.stored.weights)
     if config.export is Export.dense:
         with recorder.phase("export"):
-            run.stored.finish(run.opened.tokenizer)
+            run.stored.complete(run.opened.tokenizer)
     return run
 
 
@@ -144,7 +144,7 @@ def open_run(
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
     hashes = {text.name: text.sha256 for text in texts}
-    begun = fingerprint(config, provenance, hashes)
+    begun = run_identity(config, provenance, hashes)
     commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
     recorder.open()
     recorder.update(provenance=provenance)
@@ -158,7 +158,7 @@ def open_run(
         commits=commits,
         stored=StoredModel(opened.weights.fork(), commits, config),
         memory=memory,
-        reuse=Reuse(config, computed, recorder, progress.say, stop.check),
+        cache=RunCache(config, computed, recorder, progress.say, stop.check),
         allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,

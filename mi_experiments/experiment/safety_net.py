@@ -23,7 +23,7 @@ from mi_experiments.records.result import LinearReport
 from mi_experiments.texts.windows import token_hash
 
 UNIFORM_PLAN = "plan_uniform.safetensors"
-VERDICT = f"{CANDIDATES}/safety_net.json"
+CHOICE = f"{CANDIDATES}/safety_net.json"
 
 
 def compress_safely(run: Run, plan: Plan) -> None:
@@ -49,11 +49,11 @@ def compress_safely(run: Run, plan: Plan) -> None:
         "uniform": (uniform, StoredModel(weights, run.commits, run.config, folder)),
     }
     # Once it is known, only the winner's blocks count: the others may have been overwritten.
-    verdict = run.commits.read_json(VERDICT)
-    if verdict is None:
-        verdict = asdict(choose(run, candidates))
-        run.commits.commit({VERDICT: json.dumps(verdict, indent=1).encode()})
-    net = SafetyNet.from_json(verdict)
+    choice = run.commits.read_json(CHOICE)
+    if choice is None:
+        choice = asdict(choose(run, candidates))
+        run.commits.commit({CHOICE: json.dumps(choice, indent=1).encode()})
+    net = SafetyNet.from_json(choice)
     plan, stored = candidates[net.kept]
     compress_blocks(run, plan, stored, lambda report: keep(run, report), f"keep {net.kept}")
     if stored is not run.stored:

@@ -30,7 +30,7 @@ GRIDS = "grids"
 PACKED = "packed"
 REPORTS = "reports"
 CANDIDATES = "candidates"
-SCAFFOLDING = ("drafts", "evaluations", REPORTS, CANDIDATES)
+SCAFFOLDING = ("site_costs", "evaluations", REPORTS, CANDIDATES)
 """Folders of what only serves to continue the run."""
 
 PARTS = (MODEL, GRIDS, PACKED, *SCAFFOLDING)
@@ -124,7 +124,7 @@ class StoredModel:
         hashes = [self.commits.files[name]["sha256"] for name in names]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def finish(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def complete(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
 
         Raises:

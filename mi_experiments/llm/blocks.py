@@ -21,7 +21,7 @@ from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.calls import Call, Stop
 from mi_experiments.llm.inventory import LinearView, take_inventory
-from mi_experiments.llm.matmul_hooks import watch
+from mi_experiments.llm.matmul_hooks import on_input
 from mi_experiments.llm.replay import Stream, open_stream
 from mi_experiments.llm.sites import Site, find_sites
 from mi_experiments.llm.streaming import BlockWeights
@@ -98,7 +98,7 @@ class Block:
                 raise Stop
 
         reader = {site.linears[0]: site for site in sites}
-        with watch(reader, read):
+        with on_input(reader, read):
             for start, hidden, call in self.batches():
                 reached.clear()
                 # Here and not around the generator, whose caller has a grad mode of its own.

@@ -53,7 +53,7 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Form:
+class BlockOutput:
     """What a block returns: a hidden state alone, or first in a tuple.
 
     Attributes:
@@ -72,8 +72,8 @@ class Form:
 
 
 @contextmanager
-def answer(
-    modules: nn.ModuleList, form: Form, respond: Callable[[Tensor], Tensor]
+def replaced_blocks(
+    modules: nn.ModuleList, form: BlockOutput, respond: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Let blocks return what ``respond`` makes of their hidden state, instead of running.
 
@@ -98,14 +98,14 @@ def answer(
 
 
 @torch.no_grad()
-def see_form(
+def observe_output(
     model: PreTrainedModel, modules: nn.ModuleList, tokens: Int[Tensor, "batch seqlen"]
-) -> Form:
+) -> BlockOutput:
     """Run the model through its first block, and see what a block returns."""
-    seen: list[Form] = []
+    seen: list[BlockOutput] = []
 
     def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.append(Form(None if isinstance(output, Tensor) else tuple(output[1:])))
+        seen.append(BlockOutput(None if isinstance(output, Tensor) else tuple(output[1:])))
         raise Stop
 
     with hooks([modules[0].register_forward_hook(after)]), suppress(Stop):
@@ -119,7 +119,7 @@ def record_calls(
     path: str,
     modules: nn.ModuleList,
     tokens: Int[Tensor, "batch seqlen"],
-    form: Form,
+    form: BlockOutput,
 ) -> list[Call]:
     """Run the model once, without running its blocks, and record the arguments of every block.
 
@@ -162,7 +162,7 @@ def record_calls(
         return previous[0]
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in modules]
-    with hooks(handles), answer(modules, form, respond):
+    with hooks(handles), replaced_blocks(modules, form, respond):
         # Without the head, whose logits would be the largest tensor of the whole run.
         model.base_model(input_ids=tokens.to(model.device), use_cache=False)
     if len(calls) != len(modules):
@@ -171,7 +171,7 @@ def record_calls(
 
 
 @torch.no_grad()
-def enter(
+def run_to_first_block(
     model: PreTrainedModel, modules: nn.ModuleList, tokens: Int[Tensor, "batch seqlen"]
 ) -> tuple[Float[Tensor, "batch seqlen hidden"], Call]:
     """Run the model up to its first block."""

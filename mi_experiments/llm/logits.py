@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import held
-from mi_experiments.llm.calls import Form, answer
+from mi_experiments.llm.calls import BlockOutput, replaced_blocks
 from mi_experiments.llm.replay import Stream, open_stream
 from mi_experiments.llm.streaming import BlockWeights
 
@@ -27,7 +27,7 @@ PROBE_TOLERANCE = 1e-3
 def compute_logits(
     model: PreTrainedModel,
     modules: nn.ModuleList,
-    form: Form,
+    form: BlockOutput,
     hidden: Float[Tensor, "tokens hidden"],
     before: Float[Tensor, "tokens hidden"] | None = None,
 ) -> Float[Tensor, "tokens vocabulary"]:
@@ -48,7 +48,7 @@ def compute_logits(
         # A copy: some models go on in place, which must not change what the caller holds.
         return (hidden if next(count) == len(modules) else earlier)[None].clone()
 
-    with answer(modules, form, respond):
+    with replaced_blocks(modules, form, respond):
         logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
     return logits[0]
 
@@ -93,7 +93,7 @@ def _cross_entropy(
 def measure_token_nll(
     model: PreTrainedModel,
     modules: nn.ModuleList,
-    form: Form,
+    form: BlockOutput,
     hidden: Float[Tensor, "tokens hidden"],
     window: Int64[Tensor, "tokens"],
     logits_chunk: int,

@@ -1,4 +1,4 @@
-"""Watch linears by their weights: wherever a forward pass multiplies by one.
+"""Hook linears by their weights: wherever a forward pass multiplies by one.
 
 Modules are not enough. Mixtures of experts hold all experts in one 3-D parameter and multiply by a
 slice of it, routers by a bare matrix, and some by a copy of it in another dtype. So every
@@ -26,29 +26,29 @@ Layout = tuple[Any, ...]
 
 
 @contextmanager
-def watch(linears: Iterable[LinearView], read: Read) -> Iterator[None]:
+def on_input(linears: Iterable[LinearView], read: Read) -> Iterator[None]:
     """Call ``read`` with a linear and its input just before each multiplication by its weight.
 
     Args:
-        linears: What to watch; while it is watched, a weight must stay where it is in memory.
+        linears: What to hook; while it is watched, a weight must stay where it is in memory.
         read: May raise, to end the pass. If the model multiplies the other way round than a view
             says, it gets the view that is right.
     """
-    with _Watcher(linears, read, None):
+    with _MatmulHooks(linears, read, None):
         yield
 
 
 @contextmanager
-def alter(linears: Iterable[LinearView], change: Change) -> Iterator[None]:
+def replace_output(linears: Iterable[LinearView], change: Change) -> Iterator[None]:
     """Put what ``change`` makes of a linear, its input and its output in the place of the output.
 
     The output is what one call of the model gives, with the bias if that is part of the call.
 
     Args:
-        linears: What to watch, as in ``watch``.
+        linears: What to hook, as in ``on_input``.
         change: May return the output itself.
     """
-    with _Watcher(linears, None, change):
+    with _MatmulHooks(linears, None, change):
         yield
 
 
@@ -98,7 +98,7 @@ _CASTS = {
 _WATCHED = {*_PRODUCTS, *_CASTS, Tensor.__getitem__}
 
 
-class _Watcher(TorchFunctionMode):
+class _MatmulHooks(TorchFunctionMode):
     """Recognizes multiplications by watched weights, and calls back."""
 
     def __init__(

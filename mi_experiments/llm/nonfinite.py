@@ -11,19 +11,19 @@ from mi_experiments.errors import NumericalError
 
 
 @dataclass(frozen=True, eq=False)
-class Screen:
+class FiniteCheck:
     """What happens to samples that are not finite.
 
     Attributes:
         names: What messages call the samples.
-        rejected: Takes such samples and where they were first found, while zeros go on in their
+        dropped: Takes such samples and where they were first found, while zeros go on in their
             place; None: such a sample is an error.
     """
 
     names: Sequence[str]
-    rejected: dict[int, str] | None = None
+    dropped: dict[int, str] | None = None
 
-    def admit_(
+    def check_(
         self,
         hidden: Float[Tensor, "batch seqlen hidden"],
         first: int,
@@ -47,13 +47,13 @@ class Screen:
         if not bad.any():
             return
         found = [first + index for index in bad.nonzero().flatten().tolist()]
-        if self.rejected is None:
+        if self.dropped is None:
             raise NumericalError(
                 f"{self.names[found[0]]} is not finite in {where} ({hidden.dtype}, {len(found)} "
                 f"bad samples in this batch)" + _explain(hidden.dtype, source)
             )
         for index in found:
-            self.rejected.setdefault(index, where)
+            self.dropped.setdefault(index, where)
         hidden.masked_fill_(bad[:, None, None], 0)
 
 

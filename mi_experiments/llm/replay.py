@@ -16,8 +16,15 @@ from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, MemoryShortage
 from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.calls import Call, Form, check_replayable, enter, record_calls, see_form
-from mi_experiments.llm.nonfinite import Screen
+from mi_experiments.llm.calls import (
+    BlockOutput,
+    Call,
+    check_replayable,
+    observe_output,
+    record_calls,
+    run_to_first_block,
+)
+from mi_experiments.llm.nonfinite import FiniteCheck
 from mi_experiments.out_of_memory import REMEDY, note_retry, until_it_fits
 
 
@@ -33,7 +40,7 @@ class Stream:
         form: What a block returns beside the hidden state.
         device: Where blocks run.
         allocate: Makes room for hidden states.
-        screen: What happens to samples that are not finite.
+        finite: What happens to samples that are not finite.
         position: Index of the block that reads ``hidden``.
     """
 
@@ -41,10 +48,10 @@ class Stream:
     batch_size: int
     calls: dict[int, list[Call]]
     record: Callable[[int], list[Call]]
-    form: Form
+    form: BlockOutput
     device: torch.device
     allocate: Allocate
-    screen: Screen
+    finite: FiniteCheck
     position: int = 0
 
     def fork(self) -> "Stream":
@@ -108,7 +115,7 @@ class Stream:
                 f"{name} turns {hidden.dtype} {[*hidden.shape]} into {output.dtype} "
                 f"{[*output.shape]}; only blocks that keep shape and dtype can be chained"
             )
-        self.screen.admit_(output, start, f"the output of {name}", (name, module))
+        self.finite.check_(output, start, f"the output of {name}", (name, module))
         self.hidden[start : start + len(output)].copy_(output)
         return len(output)
 
@@ -121,7 +128,7 @@ def open_stream(
     batch_size: int,
     allocate: Allocate | None = None,
     names: Sequence[str] | None = None,
-    rejected: dict[int, str] | None = None,
+    dropped: dict[int, str] | None = None,
 ) -> Stream:
     """Compute what the first block reads for all samples, and how the model calls each block.
 
@@ -135,7 +142,7 @@ def open_stream(
         batch_size: Samples per forward pass.
         allocate: Makes room for hidden states; by default where blocks run.
         names: What messages call the samples; ``sample 0`` and so on by default.
-        rejected: Takes, here and later, the samples that are not finite and where they were found;
+        dropped: Takes, here and later, the samples that are not finite and where they were found;
             zeros go on in their place. None: such a sample is an error.
 
     Raises:
@@ -144,8 +151,8 @@ def open_stream(
         NumericalError: If a sample is not finite.
     """
     check_tokens(model, tokens)
-    screen = Screen(names or [f"sample {index}" for index in range(len(tokens))], rejected)
-    form = see_form(model, modules, tokens[:1])
+    finite = FiniteCheck(names or [f"sample {index}" for index in range(len(tokens))], dropped)
+    form = observe_output(model, modules, tokens[:1])
     calls: dict[int, list[Call]] = {}
     hidden: Tensor | None = None
 
@@ -161,16 +168,16 @@ def open_stream(
         batch = tokens[start : start + batch_size]
         if len(batch) not in calls:
             calls[len(batch)] = record(len(batch))
-        entering, call = enter(model, modules, batch)
+        entering, call = run_to_first_block(model, modules, batch)
         check_replayable(path, calls[len(batch)][:1], [call])
-        screen.admit_(entering, start, f"the input of {path}.0")
+        finite.check_(entering, start, f"the input of {path}.0")
         if hidden is None:
             allocate = allocate or partial(_allocate_beside, entering)
             hidden = allocate((len(tokens), *entering.shape[1:]), entering.dtype)
         hidden[start : start + len(batch)] = entering
     if hidden is None or allocate is None:
         raise ValueError("there is no sample")
-    return Stream(hidden, batch_size, calls, record, form, entering.device, allocate, screen)
+    return Stream(hidden, batch_size, calls, record, form, entering.device, allocate, finite)
 
 
 def _allocate_beside(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

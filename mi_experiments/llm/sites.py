@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import LinearView, suggest_patterns
-from mi_experiments.llm.matmul_hooks import watch
+from mi_experiments.llm.matmul_hooks import on_input
 from mi_experiments.llm.replay import Stream
 
 
@@ -67,7 +67,7 @@ def find_sites(
         tensors.append(tensor)
         readers.setdefault((*_identity(tensor), linear.expert), []).append(linear)
 
-    with watch(linears, read):
+    with on_input(linears, read):
         _, hidden, call = next(stream.batches())
         call.replay(module, hidden)
     # A stage is the parameters whose linears, or whose slices for one expert, read one tensor.

@@ -140,7 +140,7 @@ def possible_parts(ratio: float, spread: float) -> list[int]:
 
 def pruning_costs(
     score: Float[Tensor, "rows columns"],
-    felt: Float[Tensor, "rows"],
+    row_cost: Float[Tensor, "rows"],
     kept: Sequence[int],
     mask_block: int,
 ) -> Float64[Tensor, "choices"]:
@@ -150,7 +150,7 @@ def pruning_costs(
 
     Args:
         score: Output error of pruning each weight; channels in the order of the sweep.
-        felt: What a unit of output error costs in each row.
+        row_cost: What a unit of output error costs in each row.
         kept: 128ths of the weights that are kept.
         mask_block: Columns whose pattern is chosen together.
     """
@@ -158,7 +158,7 @@ def pruning_costs(
     ratios = [keep_parts(parts).ratio for parts in kept]
     for block in torch.split(score, mask_block, dim=1):
         least = block.flatten().argsort(stable=True)
-        lost = (block * felt[:, None]).flatten()[least].cumsum(0, dtype=torch.float64)
+        lost = (block * row_cost[:, None]).flatten()[least].cumsum(0, dtype=torch.float64)
         counts = torch.tensor([round(ratio * block.numel()) for ratio in ratios])
         at = lost[(counts - 1).clamp(min=0).to(lost.device)].cpu()
         total += torch.where(counts > 0, at, 0.0)

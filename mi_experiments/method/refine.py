@@ -1,6 +1,6 @@
 """Refine a swept linear: better codes for its scales, then better scales for its codes.
 
-The sweep never looks back: a weight once fixed stays. With E = Ŵ − W the loss of a row is
+The sweep never looks back: a weight once fixed stays. With E = Ŵ − W the error of a row is
 e H′ eᵀ and its gradient in channel j is twice g_j = (e H′)_j, so with all other weights of the row
 fixed the best value of a weight is
 
@@ -10,7 +10,7 @@ fixed the best value of a weight is
 group, whose weights are scale · level, moves by −Σ_j g_j level_j / (level H′ levelᵀ).
 
 Both moves are minimisers of a parabola, rounded to the nearest point of a grid that the old value
-is on as well. The nearest point is never worse than any other, so no move can raise a row's loss.
+is on as well. The nearest point is never worse than any other, so no move can raise a row's error.
 """
 
 from dataclasses import replace
@@ -45,8 +45,8 @@ def refine(
 ) -> tuple[Swept, Grid]:
     """Descend on the codes, then refit the scales, in turns.
 
-    What is pruned, the widths and the zero points stay; no row's loss rises. Where memory is short,
-    fewer rows are refined at a time: they do not influence each other.
+    What is pruned, the widths and the zero points stay; no row's error rises. Where memory is
+    short, fewer rows are refined at a time: they do not influence each other.
 
     Args:
         swept: The linear after the sweep, on ``grid``.
@@ -57,11 +57,11 @@ def refine(
         order: The channel at each position of the descent; natural by default.
 
     Returns:
-        The refined linear, with its loss under H′, and the grid it is on.
+        The refined linear, with its quadratic error under H′, and the grid it is on.
 
     Raises:
         MemoryShortage: There is no room for a single row.
-        NumericalError: The loss is not finite.
+        NumericalError: The quadratic error is not finite.
         ValueError: The Hessian has a diagonal entry that is not positive.
     """
 
@@ -101,7 +101,7 @@ def descend(
         leaf: Channels that share one product for their gradient; no influence but on speed.
 
     Raises:
-        NumericalError: The loss is not finite.
+        NumericalError: The quadratic error is not finite.
         ValueError: The Hessian has a diagonal entry that is not positive.
     """
     return _with_loss(_descend(swept, grid, target, hessian, order, leaf), target, hessian)
@@ -116,7 +116,7 @@ def _descend(
     order: Int64[Tensor, "columns"] | None,
     leaf: int,
 ) -> Swept:
-    """Do as `descend`, and leave the loss as it was."""
+    """Do as `descend`, and leave the quadratic error as it was."""
     if (hessian.diagonal() <= 0).any():
         raise ValueError("the diagonal of the Hessian must be positive: damp it")
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
@@ -167,7 +167,7 @@ def refit_scales(
         hessian: H′, damped, by channel.
 
     Raises:
-        NumericalError: The loss is not finite.
+        NumericalError: The quadratic error is not finite.
     """
     swept, grid = _refit_scales(swept, grid, target, hessian)
     return _with_loss(swept, target, hessian), grid
@@ -180,7 +180,7 @@ def _refit_scales(
     target: Float[Tensor, "rows columns"],
     hessian: Float[Tensor, "columns columns"],
 ) -> tuple[Swept, Grid]:
-    """Do as `refit_scales`, and leave the loss as it was."""
+    """Do as `refit_scales`, and leave the quadratic error as it was."""
     weight, error = _transposed(swept, target, hessian)
     scales = grid.scale.clone()
     sizes = torch.bincount(grid.scale_group).tolist()
@@ -247,9 +247,9 @@ def _on_grid(moved: Swept, grid: Grid, dtype: torch.dtype) -> Swept:
 def _with_loss(
     swept: Swept, target: Float[Tensor, "rows columns"], hessian: Float[Tensor, "columns columns"]
 ) -> Swept:
-    """Measure the loss of every row."""
+    """Measure the quadratic error of every row."""
     error = swept.weight - target.to(swept.weight.dtype)
-    loss = (error @ hessian).mul_(error).sum(1)
-    if not loss.isfinite().all():
-        raise NumericalError("the loss of the refined linear is not finite")
-    return replace(swept, loss=loss)
+    quadratic_error = (error @ hessian).mul_(error).sum(1)
+    if not quadratic_error.isfinite().all():
+        raise NumericalError("the quadratic error of the refined linear is not finite")
+    return replace(swept, quadratic_error=quadratic_error)

@@ -1,7 +1,7 @@
 """The sweep: prune and quantize one channel after another, each time correcting the channels left.
 
 SparseGPT (arXiv:2301.00774) and GPTQ (arXiv:2210.17323) in the form of Babai's nearest plane
-(arXiv:2507.18553). With H′ = R Rᵀ, R upper triangular, and E = W − Ŵ the loss is ‖E R‖². Column j
+(arXiv:2507.18553). With H′ = R Rᵀ, R upper triangular, and E = W − Ŵ the error is ‖E R‖². Column j
 of E R is R_jj (w_j − ŵ_j) + Σ_{i<j} R_ij (w_i − ŵ_i), so once the channels before j are fixed, the
 best value of channel j is
 
@@ -36,20 +36,25 @@ class Swept:
         weight: Final weights; exactly 0 where pruned, ``grid.decode(codes)`` where quantized.
         codes: Codes of the quantized channels, 0 in the others; None where no channel is quantized.
         pruned: True where the weight was set to zero.
-        loss: ‖(W − Ŵ) R‖² of each row: the quadratic error under the damped Hessian.
+        quadratic_error: ‖(W − Ŵ) R‖² of each row: the quadratic error under the damped Hessian.
     """
 
     weight: Float[Tensor, "rows columns"]
     codes: Int16[Tensor, "rows columns"] | None
     pruned: Bool[Tensor, "rows columns"]
-    loss: Float[Tensor, "rows"]
+    quadratic_error: Float[Tensor, "rows"]
 
     def of_rows(self, start: int, stop: int) -> "Swept":
         """Return some rows, itself for all of them."""
         if stop - start == len(self.weight):
             return self
         codes = None if self.codes is None else self.codes[start:stop]
-        return Swept(self.weight[start:stop], codes, self.pruned[start:stop], self.loss[start:stop])
+        return Swept(
+            self.weight[start:stop],
+            codes,
+            self.pruned[start:stop],
+            self.quadratic_error[start:stop],
+        )
 
     @classmethod
     def join(cls, parts: Sequence["Swept"]) -> "Swept":
@@ -61,7 +66,7 @@ class Swept:
             torch.cat([part.weight for part in parts]),
             torch.cat(codes) if codes else None,
             torch.cat([part.pruned for part in parts]),
-            torch.cat([part.loss for part in parts]),
+            torch.cat([part.quadratic_error for part in parts]),
         )
 
 
@@ -165,7 +170,7 @@ class SweepState:
         carried: (E R)ᵀ over the channels already fixed; of a fixed channel, its level (code − zero
             point) if quantized, else its value.
         pruned: The pattern as far as it is chosen.
-        loss: ‖E R‖² of each row, over the channels already fixed.
+        quadratic_error: ‖E R‖² of each row, over the channels already fixed.
     """
 
     def __init__(
@@ -180,7 +185,7 @@ class SweepState:
         self.error = weight.to(self.upper.dtype).index_select(1, self.order).T.contiguous()
         self.carried = torch.zeros_like(self.error)
         self.pruned = pruned.index_select(1, self.order).T.contiguous()
-        self.loss = self.error.new_zeros(len(weight))
+        self.quadratic_error = self.error.new_zeros(len(weight))
         self.quantized = [False] * len(self.order)
         if grid is not None:
             self.quantized = grid.quantized[self.order].tolist()
@@ -236,7 +241,7 @@ class SweepState:
                 errors[j].addcmul_(targets[j], scale[j], value=-1)
             else:
                 errors[j].sub_(targets[j].masked_fill_(zeroed[j], 0))
-        self.loss += torch.addmm(carried, upper.T, error).square_().sum(0)
+        self.quadratic_error += torch.addmm(carried, upper.T, error).square_().sum(0)
         carried.copy_(target)
 
     def levels(self, low: int, high: int) -> Iterator[tuple[Tensor, ...]]:
@@ -251,8 +256,10 @@ class SweepState:
 
     def finish(self) -> Swept:
         """Bring the result into storage order."""
-        if not self.loss.isfinite().all():
-            raise NumericalError("the sweep diverged: its loss is not finite; raise the damping")
+        if not self.quadratic_error.isfinite().all():
+            raise NumericalError(
+                "the sweep diverged: its quadratic error is not finite; raise the damping"
+            )
         position = self.order.argsort()
         pruned = self.pruned.index_select(0, position).T.contiguous()
         value, codes = self.carried.index_select(0, position), None
@@ -262,7 +269,7 @@ class SweepState:
             exact = value.add_(zero).to(torch.int16)
             codes = exact.masked_fill_(~self.grid.quantized[:, None], 0).T.contiguous()
             value.sub_(zero).mul_(self.scale.index_select(0, self.grid.scale_group))
-        return Swept(value.T.contiguous(), codes, pruned, self.loss)
+        return Swept(value.T.contiguous(), codes, pruned, self.quadratic_error)
 
 
 def halve(

@@ -1,7 +1,7 @@
 """What a run has finished, so that a killed run continues where it was.
 
 A commit is one or more files that count all at once: each appears whole (`atomic.place`), and only
-then are they named in `manifest.json`, with their SHA-256. The manifest also holds the fingerprint
+then are they named in `manifest.json`, with their SHA-256. The manifest also holds the run_identity
 of everything that the numbers depend on; a run directory with another one is refused.
 """
 
@@ -37,24 +37,24 @@ class Commits:
 
     Args:
         run_dir: of the run; held by this process alone.
-        fingerprint: everything that the numbers depend on, as JSON-ready values.
+        run_identity: everything that the numbers depend on, as JSON-ready values.
         own: names in the run directory that only commits may have.
 
     Raises:
-        InputError: the directory was begun with another fingerprint, or its manifest is damaged, or
-            it holds something of another origin under one of the run's own names.
+        InputError: the directory was begun with another identity, or its manifest is damaged, or it
+            holds something of another origin under one of the run's own names.
     """
 
     def __init__(
-        self, run_dir: Path, fingerprint: Mapping[str, Any], own: Sequence[str] = ()
+        self, run_dir: Path, run_identity: Mapping[str, Any], own: Sequence[str] = ()
     ) -> None:
         self.run_dir = run_dir
-        self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        self.run_identity: dict[str, Any] = json.loads(json.dumps(run_identity))
         self.files: dict[str, dict[str, Any]] = {}
         begun = read_manifest(run_dir)
         if begun is not None:
-            refuse_changes(run_dir, begun["fingerprint"], self.fingerprint)
-            self.fingerprint = begun["fingerprint"]
+            refuse_changes(run_dir, begun["run_identity"], self.run_identity)
+            self.run_identity = begun["run_identity"]
             self.files = begun["files"]
         elif foreign := [name for name in own if (run_dir / name).exists()]:
             raise InputError(
@@ -66,15 +66,15 @@ class Commits:
             self._write_manifest()
 
     def bind(self, key: str, value: Any) -> None:
-        """Add what is known only now to the fingerprint.
+        """Add what is known only now to the run_identity.
 
         Raises:
             InputError: the run was begun with another value.
         """
-        if key in self.fingerprint:
-            refuse_changes(self.run_dir, self.fingerprint, {key: value})
+        if key in self.run_identity:
+            refuse_changes(self.run_dir, self.run_identity, {key: value})
         else:
-            self.fingerprint[key] = value
+            self.run_identity[key] = value
             self._write_manifest()
 
     def commit(self, files: Mapping[str, Content]) -> None:
@@ -178,7 +178,7 @@ class Commits:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        content = {"fingerprint": self.fingerprint, "files": dict(sorted(self.files.items()))}
+        content = {"run_identity": self.run_identity, "files": dict(sorted(self.files.items()))}
         write_atomically(self.run_dir / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -217,7 +217,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        content["fingerprint"].keys()
+        content["run_identity"].keys()
         content["files"].keys()
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error}): remove it to begin again") from error

@@ -12,16 +12,16 @@ from mi_experiments.config.method import Allocation, Scope
 from mi_experiments.method.allocation import allocate_bits, allocate_kept
 from mi_experiments.method.pruning import Sparsity, keep_parts, possible_parts
 from mi_experiments.planning.costs import GroupCosts
-from mi_experiments.planning.site_costs import DraftLinear
+from mi_experiments.planning.site_costs import LinearCosts
 
 
-def allocate_pruning(drafts: Sequence[DraftLinear], config: Config) -> dict[str, Sparsity]:
+def allocate_pruning(linears: Sequence[LinearCosts], config: Config) -> dict[str, Sparsity]:
     """Choose how much of each linear is pruned, within the total of the model.
 
-    A linear without a price, because it is not measured, gets the average.
+    A linear without a cost, because it is not measured, gets the average.
     """
-    chosen = dict.fromkeys((draft.name for draft in drafts), sparsity_of(config))
-    members = [draft for draft in drafts if draft.pruning is not None]
+    chosen = dict.fromkeys((linear.name for linear in linears), sparsity_of(config))
+    members = [linear for linear in linears if linear.pruning is not None]
     if members:
         kept = allocate_kept(
             torch.stack([member.pruning for member in members if member.pruning is not None]),
@@ -35,7 +35,7 @@ def allocate_pruning(drafts: Sequence[DraftLinear], config: Config) -> dict[str,
 
 
 def allocate_widths(
-    drafts: Sequence[DraftLinear], config: Config
+    linears: Sequence[LinearCosts], config: Config
 ) -> dict[str, Int[Tensor, "groups"]]:
     """Choose every group's width within the budget of its linear, its site or the model.
 
@@ -44,45 +44,45 @@ def allocate_widths(
     wbits = config.wbits
     chosen: dict[str, Int[Tensor, "groups"]] = {}
     if wbits.allocation is Allocation.mixed:
-        priced = [draft for draft in drafts if draft.prices is not None]
-        shares: dict[object, list[DraftLinear]] = {}
-        for tied in tie(priced) if wbits.tied else priced:
-            shares.setdefault(share(tied.name, tied.site, config), []).append(tied)
-        for members in shares.values():
-            chosen |= allocate_share(members, config)
+        measured = [linear for linear in linears if linear.group_costs is not None]
+        budgets: dict[object, list[LinearCosts]] = {}
+        for tied in tie(measured) if wbits.tied else measured:
+            budgets.setdefault(budget_name(tied.name, tied.site, config), []).append(tied)
+        for members in budgets.values():
+            chosen |= allocate_budget(members, config)
         if wbits.tied:
-            chosen = {draft.name: chosen[draft.site] for draft in priced}
-    for draft in drafts:
-        groups = int(draft.channel_group.max()) + 1
-        chosen.setdefault(draft.name, torch.full((groups,), int(wbits.average)))
+            chosen = {linear.name: chosen[linear.site] for linear in measured}
+    for linear in linears:
+        groups = int(linear.channel_group.max()) + 1
+        chosen.setdefault(linear.name, torch.full((groups,), int(wbits.average)))
     return chosen
 
 
-def tie(drafts: Sequence[DraftLinear]) -> list[DraftLinear]:
+def tie(linears: Sequence[LinearCosts]) -> list[LinearCosts]:
     """Make one of all linears of each site, by the name of the site; their groups are the same."""
-    sites: dict[str, DraftLinear] = {}
-    for draft in drafts:
-        before, prices = sites.get(draft.site), draft.prices
-        if before is not None and before.prices is not None and prices is not None:
-            costs, sizes = before.prices.costs + prices.costs, before.prices.sizes + prices.sizes
-            prices = GroupCosts(costs, sizes)
-        sites[draft.site] = replace(draft, name=draft.site, prices=prices)
+    sites: dict[str, LinearCosts] = {}
+    for linear in linears:
+        before, now = sites.get(linear.site), linear.group_costs
+        if before is not None and before.group_costs is not None and now is not None:
+            earlier = before.group_costs
+            now = GroupCosts(earlier.costs + now.costs, earlier.sizes + now.sizes)
+        sites[linear.site] = replace(linear, name=linear.site, group_costs=now)
     return list(sites.values())
 
 
-def share(name: str, site: str, config: Config) -> object:
+def budget_name(name: str, site: str, config: Config) -> object:
     """Name the budget of bits that a linear draws from."""
     return {Scope.linear: name, Scope.site: site, Scope.model: None}[config.bit_scope]
 
 
-def allocate_share(members: list[DraftLinear], config: Config) -> Mapping[str, Tensor]:
+def allocate_budget(members: list[LinearCosts], config: Config) -> Mapping[str, Tensor]:
     """Spend one budget over the groups of all linears that share it."""
-    prices = [member.prices for member in members if member.prices is not None]
+    measured = [member.group_costs for member in members if member.group_costs is not None]
     widths = allocate_bits(
-        torch.cat([price.costs for price in prices]),
-        torch.cat([price.sizes for price in prices]),
+        torch.cat([linear.costs for linear in measured]),
+        torch.cat([linear.sizes for linear in measured]),
         config.wbits.candidate_widths(),
         config.wbits.average,
     )
-    parts = torch.split(widths, [len(price.sizes) for price in prices])
+    parts = torch.split(widths, [len(linear.sizes) for linear in measured])
     return {member.name: part for member, part in zip(members, parts, strict=True)}

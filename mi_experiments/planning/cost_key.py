@@ -1,13 +1,13 @@
-"""What drafting reads of the config, and nothing else, so that drafts can be shared by what it is.
+"""The fields of the config that site costs depend on, so that jobs can share them by content.
 
-Drafts are a function of the model, the calibration tokens and these fields. Whoever drafts gets a
-config that has no others: a field that is missing here cannot be read, and is no silent difference
-between two jobs that share a draft.
+Site costs are a function of the model, the calibration tokens and these fields. What measures them
+gets a config that has no other fields: a field that is missing here cannot be read, and so makes no
+silent difference between two jobs that share a file.
 """
 
 from dataclasses import replace
 
-from mi_experiments.calibration.hessians import LOSS_FIELDS
+from mi_experiments.calibration.hessians import FISHER_FIELDS
 from mi_experiments.config.config import Config, measures_loss
 from mi_experiments.config.method import Allocation, SparsityScope
 from mi_experiments.config.narrow import narrow
@@ -38,7 +38,7 @@ PRUNING_FIELDS = (
 )
 """Of what pruning costs, besides."""
 
-PRICE_FIELDS = (
+COST_FIELDS = (
     "recipe.clip_search",
     "recipe.dead_channels",
     "recipe.scale_bits",
@@ -53,21 +53,21 @@ PRICE_FIELDS = (
 """Of what every width costs, besides; the budget itself is not among them."""
 
 ALL_WIDTHS = tuple(range(2, 9))
-"""Priced whatever the budget, so that jobs that differ in it alone have the same drafts."""
+"""Measured whatever the budget, so that jobs that differ in it alone share their site costs."""
 
 
-def drafting_config(config: Config) -> Config:
-    """Return a config that has only what drafting reads of it, and prices every width."""
+def cost_config(config: Config) -> Config:
+    """Return a config that has only what site costs depend on, and every width."""
     fields = set(GROUPING_FIELDS)
     mixed = config.wbits.allocation is Allocation.mixed
     if mixed:
-        fields.update(PRICE_FIELDS)
+        fields.update(COST_FIELDS)
     if config.sparsity.scope is SparsityScope.model:
         fields.update(PRUNING_FIELDS)
     if measures_loss(config):
-        fields.update(LOSS_FIELDS)
-    drafting = narrow(config, fields)
-    drafting.n_groups = replace(config.n_groups, adaptive=config.adapts_groups)
+        fields.update(FISHER_FIELDS)
+    narrowed = narrow(config, fields)
+    narrowed.n_groups = replace(config.n_groups, adaptive=config.adapts_groups)
     if mixed:
-        drafting.wbits.widths = sorted({*config.wbits.candidate_widths(), *ALL_WIDTHS})
-    return drafting
+        narrowed.wbits.widths = sorted({*config.wbits.candidate_widths(), *ALL_WIDTHS})
+    return narrowed

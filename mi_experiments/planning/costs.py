@@ -1,4 +1,4 @@
-"""What every width of every group costs, and what pruning does: the output error, as it is felt."""
+"""What every width of every group costs, and what pruning costs: output errors, weighted by row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,32 +17,32 @@ from mi_experiments.method.pruning import choose_pruned, possible_parts, pruning
 
 @dataclass(frozen=True)
 class GroupCosts:
-    """Price list of one linear: the cost of each group at each width, and its number of weights."""
+    """Cost of each group of one linear at each width, and its number of weights."""
 
     costs: Float[Tensor, "groups widths"]
     sizes: Int[Tensor, "groups"]
 
 
-def price_groups(
+def measure_group_costs(
     weight: Float[Tensor, "rows columns"],
-    loss: Float[Tensor, "rows"] | None,
+    fisher: Float[Tensor, "rows"] | None,
     channel_group: Int[Tensor, "columns"],
     hessian: Hessian,
     factor: Factor,
     config: Config,
     widths: Sequence[int] | None = None,
 ) -> GroupCosts:
-    """Price each group at each width by the output error that its grids, really fitted, would make.
+    """Measure the cost of each group at each width: the output error of its grids, really fitted.
 
-    The price is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
+    The cost is Σ_j [H'⁻¹]_jj⁻¹ Σ_i f_i (Q_b(W_ij) − W_ij)² over the group's channels j and the
     rows i that survive pruning: the error that remains after the other channels have compensated
-    (GPTQ, arXiv:2210.17323, equation 2). `loss` f_i is 1, or with `cost=fisher` the Fisher
+    (GPTQ, arXiv:2210.17323, equation 2). `fisher` f_i is 1, or with `cost=fisher` the Fisher
     information of the model's loss about output i. Where sparsity is allocated too, the rows that
     survive are those of its average: how much this linear will be pruned is not known yet. The
     widths are those that the config allows, unless others are given.
     """
     saliency = 1 / factor.inverse_diagonal()
-    felt = weigh_rows(weight, loss, hessian, config.wbits.cost)
+    row_cost = weigh_rows(weight, fisher, hessian, config.wbits.cost)
     sparsity = sparsity_of(config)
     pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
     groups = int(channel_group.max()) + 1
@@ -65,7 +65,7 @@ def price_groups(
             error = grid.quantize(weight) - weight
         if pruned is not None:
             error = error.masked_fill(pruned, 0)
-        per_channel = (felt @ error.square()).double() * saliency
+        per_channel = (row_cost @ error.square()).double() * saliency
         columns.append(
             per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
         )
@@ -74,24 +74,24 @@ def price_groups(
     return GroupCosts(costs.cpu(), sizes.cpu())
 
 
-def price_pruning(
+def measure_pruning_costs(
     weight: Float[Tensor, "rows columns"],
-    loss: Float[Tensor, "rows"] | None,
+    fisher: Float[Tensor, "rows"] | None,
     hessian: Hessian,
     factor: Factor,
     config: Config,
 ) -> Float64[Tensor, "choices"]:
-    """Price what a linear may keep by the output error of pruning the rest.
+    """Measure what each share that a linear may keep costs: the output error of pruning the rest.
 
-    The price is the sum of f_i W_ij² / [H'⁻¹]_jj over the weights with the smallest W_ij² /
+    The cost is the sum of f_i W_ij² / [H'⁻¹]_jj over the weights with the smallest W_ij² /
     [H'⁻¹]_jj of each mask block: the error that remains after the other channels have compensated
-    (arXiv:2301.00774, section 3), one weight at a time. f_i is as in `price_groups`.
+    (arXiv:2301.00774, section 3), one weight at a time. f_i is as in `measure_group_costs`.
     """
-    felt = weigh_rows(weight, loss, hessian, config.sparsity.cost)
+    row_cost = weigh_rows(weight, fisher, hessian, config.sparsity.cost)
     order = sweep_order(hessian.diagonal, config.recipe.order)
     score = (weight.square() / factor.inverse_diagonal())[:, order]
     kept = possible_parts(config.sparsity.ratio, config.sparsity.spread)
-    return pruning_costs(score, felt, kept, config.sparsity.mask_block_of(weight.shape[1]))
+    return pruning_costs(score, row_cost, kept, config.sparsity.mask_block_of(weight.shape[1]))
 
 
 def read_weight(
@@ -106,15 +106,15 @@ def read_weight(
 
 def weigh_rows(
     weight: Float[Tensor, "rows columns"],
-    loss: Float[Tensor, "rows"] | None,
+    fisher: Float[Tensor, "rows"] | None,
     hessian: Hessian,
     cost: Cost,
 ) -> Float[Tensor, "rows"]:
     """Return what a squared error of each output costs."""
     if cost is Cost.fisher:
-        if loss is None:
-            raise ValueError("what the loss feels was not measured")
-        return loss.to(weight)
+        if fisher is None:
+            raise ValueError("cost=fisher needs Fisher information, which was not measured")
+        return fisher.to(weight)
     ones = weight.new_ones(len(weight))
     if cost is Cost.distortion:
         return ones

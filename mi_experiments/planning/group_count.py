@@ -10,9 +10,9 @@ from mi_experiments.config.config import Config
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.hessian import Factor, Hessian
-from mi_experiments.planning.costs import price_groups, read_weight
+from mi_experiments.planning.costs import measure_group_costs, read_weight
 
-PRICED_AT = 4
+COMPARED_AT = 4
 """The width at which partitions are compared, so that the choice does not depend on the budget."""
 
 LEAST = 4.0**-4
@@ -30,12 +30,12 @@ def best_partition(
     """Return the partition that loses least for what is stored; of equal ones the first.
 
     One bit more divides an error by four. So log 4 times the bits of a weight that scales and zero
-    points take, and that codes must do without, stands against `log_price`.
+    points take, and that codes must do without, stands against `log_cost`.
 
     Args:
         site: of which all linears count, by their weights.
         partitions: group of each channel.
-        fisher: what the loss feels of each output, by linear.
+        fisher: Fisher information about each output, by linear.
         hessian: of the site.
         factor: of the Hessian.
         config: of the run.
@@ -45,17 +45,23 @@ def best_partition(
         total, weights = 0.0, 0
         for linear in site.linears:
             weight = read_weight(linear, hessian, config)
-            prices = price_groups(
-                weight, fisher.get(linear.name), channel_group, hessian, factor, config, [PRICED_AT]
+            costs = measure_group_costs(
+                weight,
+                fisher.get(linear.name),
+                channel_group,
+                hessian,
+                factor,
+                config,
+                [COMPARED_AT],
             )
-            total += log_price(prices.costs[:, 0].double(), prices.sizes) * weight.numel()
+            total += log_cost(costs.costs[:, 0].double(), costs.sizes) * weight.numel()
             weights += weight.numel()
         return total / weights + math.log(4) * scale_bits(channel_group, config)
 
     return min(partitions, key=score)
 
 
-def log_price(costs: Float64[Tensor, "groups"], sizes: Int[Tensor, "groups"]) -> float:
+def log_cost(costs: Float64[Tensor, "groups"], sizes: Int[Tensor, "groups"]) -> float:
     """Return the logarithm of what a weight loses once the bits are where they are worth most.
 
     Widths b_g, fractions allowed, that minimize Σ_g cost_g 4^(-b_g) at a given Σ_g size_g b_g make
@@ -78,5 +84,5 @@ def scale_bits(channel_group: Int[Tensor, "columns"], config: Config) -> float:
     if config.sparsity.ratio == 1:
         return math.inf
     scales = int(scale_groups(channel_group, config.wbits.group_size).max()) + 1
-    each = config.recipe.scale_bits + (0 if config.wbits.symmetric else PRICED_AT)
+    each = config.recipe.scale_bits + (0 if config.wbits.symmetric else COMPARED_AT)
     return scales * each / len(channel_group) / (1 - config.sparsity.ratio)

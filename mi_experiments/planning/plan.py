@@ -1,8 +1,8 @@
 """plan_compression: what every linear will get, and why.
 
-One pass over the dense model drafts every site (`drafts`), then the budget is spent exactly. A
-`Plan` is a value: groups and widths of every linear. Plans that depend on no activation (uniform
-widths on contiguous or random groups) need no pass.
+One pass over the dense model measures the costs of every site (`site_costs`), then the budget is
+spent exactly. A `Plan` is a value: groups and widths of every linear. Plans that depend on no
+activation (uniform widths on contiguous or random groups) need no pass.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mi_experiments.calibration.hessians import (
     check_weights,
-    measure_loss,
+    measure_plan_fisher,
 )
 from mi_experiments.config.config import (
     Config,
@@ -36,12 +36,12 @@ from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.budgets import allocate_pruning, allocate_widths
-from mi_experiments.planning.cost_key import drafting_config
+from mi_experiments.planning.cost_key import cost_config
 from mi_experiments.planning.site_costs import (
-    DraftLinear,
-    draft_block,
-    draft_name,
-    read_drafts,
+    LinearCosts,
+    block_costs_name,
+    measure_block_costs,
+    read_block_costs,
 )
 
 
@@ -121,7 +121,7 @@ class Plan:
         information = {s: InformationSummary(**i) for s, i in rest["information"].items()}
         return cls(linears, information, Sparsity(**rest["sparsity"]), rest["requested"])
 
-    def fingerprint(self) -> str:
+    def sha256(self) -> str:
         """SHA-256 of all groups, widths and sparsities."""
         digest = hashlib.sha256()
         for name, linear in self.linears.items():
@@ -149,12 +149,12 @@ def plan_compression(
         model: the dense model; not changed.
         calibration: token ids.
         config: of the run.
-        on_block: called with the name of each block when its sites are priced, and before that as
-            `measure_loss` goes through it; see `count_steps`.
+        on_block: called with the name of each block when its costs are measured, and before that
+            when `measure_plan_fisher` passes it; see `count_steps`.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
         hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
-        commits: keep and give back what the loss feels, and the drafts of finished blocks.
+        commits: keep and give back the Fisher information, and the costs of finished blocks.
 
     Returns:
         Groups, widths and sparsity of every linear; the average width is at most the budget, and
@@ -166,62 +166,66 @@ def plan_compression(
             factorized.
     """
     inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    for linears in inventory.linears:
-        check_weights(linears)
-        for linear in linears:
+    for present in inventory.linears:
+        check_weights(present)
+        for linear in present:
             check_count(linear.columns, linear.name, config.n_groups)
-    drafting = drafting_config(config)
-    finished = read_drafts(commits, len(inventory.modules))
+    narrowed = cost_config(config)
+    finished = read_block_costs(commits, len(inventory.modules))
     if len(finished) < len(inventory.modules):
-        fisher = measure_loss(
+        fisher = measure_plan_fisher(
             model,
             calibration,
-            drafting,
+            narrowed,
             weights=weights,
             allocate=allocate,
             commits=commits,
             on_block=on_block,
         )
-        activations = needs_activations(drafting)
+        activations = needs_activations(narrowed)
         walk = walk_blocks(
             model,
             calibration if activations else calibration[:1, :2],
-            batch_size=drafting.dataset.batch_size,
-            ignore=tuple(drafting.model.ignore),
-            path=drafting.model.blocks,
+            batch_size=narrowed.dataset.batch_size,
+            ignore=tuple(narrowed.model.ignore),
+            path=narrowed.model.blocks,
             weights=weights,
             allocate=allocate,
         )
         for block in walk:
             if block.index not in finished:
-                finished[block.index] = draft_block(
-                    block, fisher, activations, drafting, hessian_bytes
+                finished[block.index] = measure_block_costs(
+                    block, fisher, activations, narrowed, hessian_bytes
                 )
                 if commits is not None and activations:
-                    commits.commit({draft_name(block.index): finished[block.index].stored()})
+                    commits.commit({block_costs_name(block.index): finished[block.index].stored()})
             on_block(block.name)
-    drafts = [linear for _, draft in sorted(finished.items()) for linear in draft.linears]
+    linears = [
+        linear for _, block_costs in sorted(finished.items()) for linear in block_costs.linears
+    ]
     if config.wbits.allocation is Allocation.mixed:
-        drafts = [keep_widths(draft, drafting, config) for draft in drafts]
+        linears = [keep_widths(linear, narrowed, config) for linear in linears]
     information = {
-        s: i for _, draft in sorted(finished.items()) for s, i in draft.information.items()
+        s: i
+        for _, block_costs in sorted(finished.items())
+        for s, i in block_costs.information.items()
     }
-    widths, pruned = allocate_widths(drafts, config), allocate_pruning(drafts, config)
+    widths, pruned = allocate_widths(linears, config), allocate_pruning(linears, config)
     planned = {
-        draft.name: finish(draft, widths[draft.name], pruned[draft.name], config)
-        for draft in drafts
+        linear.name: spread_widths(linear, widths[linear.name], pruned[linear.name], config)
+        for linear in linears
     }
     return Plan(planned, information, sparsity_of(config), config.wbits.average)
 
 
-def keep_widths(draft: DraftLinear, drafting: Config, config: Config) -> DraftLinear:
-    """Leave a draft the prices of those widths that a group may get."""
-    if draft.prices is None:
-        return draft
-    priced = drafting.wbits.candidate_widths()
-    kept = [priced.index(width) for width in config.wbits.candidate_widths()]
-    prices = dataclasses.replace(draft.prices, costs=draft.prices.costs[:, kept])
-    return dataclasses.replace(draft, prices=prices)
+def keep_widths(linear: LinearCosts, narrowed: Config, config: Config) -> LinearCosts:
+    """Keep the costs of those widths that a group may get."""
+    if linear.group_costs is None:
+        return linear
+    measured = narrowed.wbits.candidate_widths()
+    kept = [measured.index(width) for width in config.wbits.candidate_widths()]
+    group_costs = dataclasses.replace(linear.group_costs, costs=linear.group_costs.costs[:, kept])
+    return dataclasses.replace(linear, group_costs=group_costs)
 
 
 def count_steps(blocks: int, config: Config) -> int:
@@ -229,15 +233,15 @@ def count_steps(blocks: int, config: Config) -> int:
     return blocks * (3 if measures_loss(config) else 1)
 
 
-def finish(
-    draft: DraftLinear, widths: Int[Tensor, "groups"], sparsity: Sparsity, config: Config
+def spread_widths(
+    linear: LinearCosts, widths: Int[Tensor, "groups"], sparsity: Sparsity, config: Config
 ) -> LinearPlan:
     """Spread the groups' widths over the channels."""
-    group = draft.channel_group
+    group = linear.channel_group
     return LinearPlan(
-        block=draft.block,
-        site=draft.site,
-        rows=draft.rows,
+        block=linear.block,
+        site=linear.site,
+        rows=linear.rows,
         columns=len(group),
         channel_group=group,
         bits=widths[group.long()].to(torch.uint8),

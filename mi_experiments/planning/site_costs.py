@@ -1,8 +1,8 @@
 """What is known of a site before the budget is spent: its groups, and what each width would cost.
 
 Each site's Hessian is measured once for all linears that read it, its channels are grouped, and
-every group is priced at every width. Drafts of finished blocks are committed, so that a killed run
-does not measure them again.
+the cost of every group is measured at every width. The costs of finished blocks are committed, so
+that a killed run does not measure them again.
 """
 
 import dataclasses
@@ -36,12 +36,17 @@ from mi_experiments.method.information import (
 from mi_experiments.method.stability import split_half_stability
 from mi_experiments.out_of_memory import give_back
 from mi_experiments.persistence.commits import Commits
-from mi_experiments.planning.costs import GroupCosts, price_groups, price_pruning, read_weight
+from mi_experiments.planning.costs import (
+    GroupCosts,
+    measure_group_costs,
+    measure_pruning_costs,
+    read_weight,
+)
 from mi_experiments.planning.group_count import best_partition
 
 
 @dataclass(frozen=True)
-class DraftLinear:
+class LinearCosts:
     """A linear whose groups are known and whose widths and sparsity are still to be chosen.
 
     Attributes:
@@ -50,7 +55,7 @@ class DraftLinear:
         site: name of its site.
         rows: output dimension.
         channel_group: group of each channel.
-        prices: of each group at each width; None if there is nothing to choose.
+        group_costs: of each group at each width; None if there is nothing to choose.
         pruning: what is lost for each number of 128ths that may be kept; None likewise.
     """
 
@@ -59,20 +64,20 @@ class DraftLinear:
     site: str
     rows: int
     channel_group: Int[Tensor, "columns"]
-    prices: GroupCosts | None
+    group_costs: GroupCosts | None
     pruning: Float64[Tensor, "choices"] | None = None
 
 
 @dataclass(frozen=True)
-class Draft:
-    """The drafts of one block.
+class BlockCosts:
+    """The costs of one block.
 
     Attributes:
         linears: in execution order.
         information: by site, where it was measured.
     """
 
-    linears: list[DraftLinear]
+    linears: list[LinearCosts]
     information: dict[str, InformationSummary]
 
     def stored(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -81,38 +86,38 @@ class Draft:
         rows = []
         for index, linear in enumerate(self.linears):
             tensors[f"{index}.channel_group"] = linear.channel_group.clone()
-            if linear.prices is not None:
-                tensors[f"{index}.costs"] = linear.prices.costs
-                tensors[f"{index}.sizes"] = linear.prices.sizes
+            if linear.group_costs is not None:
+                tensors[f"{index}.costs"] = linear.group_costs.costs
+                tensors[f"{index}.sizes"] = linear.group_costs.sizes
             if linear.pruning is not None:
                 tensors[f"{index}.pruning"] = linear.pruning
             rows.append([linear.name, linear.block, linear.site, linear.rows])
         information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
-        return tensors, {"draft": json.dumps({"linears": rows, "information": information})}
+        return tensors, {"costs": json.dumps({"linears": rows, "information": information})}
 
     @classmethod
-    def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "Draft":
+    def read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> "BlockCosts":
         """Return what `stored` gave."""
         linears = []
-        rest = json.loads(metadata["draft"])
+        rest = json.loads(metadata["costs"])
         for index, (name, block, site, rows) in enumerate(rest["linears"]):
-            prices = None
+            group_costs = None
             if f"{index}.costs" in tensors:
-                prices = GroupCosts(tensors[f"{index}.costs"], tensors[f"{index}.sizes"])
+                group_costs = GroupCosts(tensors[f"{index}.costs"], tensors[f"{index}.sizes"])
             group = tensors[f"{index}.channel_group"]
             pruning = tensors.get(f"{index}.pruning")
-            linears.append(DraftLinear(name, block, site, rows, group, prices, pruning))
+            linears.append(LinearCosts(name, block, site, rows, group, group_costs, pruning))
         return cls(linears, {s: InformationSummary(**i) for s, i in rest["information"].items()})
 
 
-def draft_site(
+def measure_site_costs(
     block: Block,
     site: Site,
     hessian: Hessian | None,
     fisher: Mapping[str, Float[Tensor, "_"]],
     config: Config,
-) -> tuple[list[DraftLinear], InformationSummary | None]:
-    """Group a site's channels and price every group of its linears at every width."""
+) -> tuple[list[LinearCosts], InformationSummary | None]:
+    """Group a site's channels and measure what every group of its linears costs at every width."""
     groups = config.n_groups
     factor = matrix = summary = None
     if hessian is not None:
@@ -167,21 +172,23 @@ def draft_site(
         summary = dataclasses.replace(summary, stability=stability)
     name = f"{block.name}.{site.name}"
     mixed = config.wbits.allocation is Allocation.mixed
-    drafts = []
+    found = []
     for linear in site.linears:
-        prices = pruning = None
+        group_costs = pruning = None
         if (mixed or config.sparsity.allocated) and hessian is not None and factor is not None:
             weight = read_weight(linear, hessian, config)
-            loss = fisher.get(linear.name)
+            linear_fisher = fisher.get(linear.name)
             if mixed:
-                prices = price_groups(weight, loss, channel_group, hessian, factor, config)
+                group_costs = measure_group_costs(
+                    weight, linear_fisher, channel_group, hessian, factor, config
+                )
             if config.sparsity.allocated:
-                pruning = price_pruning(weight, loss, hessian, factor, config)
+                pruning = measure_pruning_costs(weight, linear_fisher, hessian, factor, config)
         group = channel_group.cpu()
-        drafts.append(
-            DraftLinear(linear.name, block.index, name, linear.rows, group, prices, pruning)
+        found.append(
+            LinearCosts(linear.name, block.index, name, linear.rows, group, group_costs, pruning)
         )
-    return drafts, summary
+    return found, summary
 
 
 def sum_energy(site: Site) -> Float[Tensor, "columns"]:
@@ -189,15 +196,15 @@ def sum_energy(site: Site) -> Float[Tensor, "columns"]:
     return torch.stack([linear.read_weight().square().sum(0) for linear in site.linears]).sum(0)
 
 
-def draft_block(
+def measure_block_costs(
     block: Block,
     fisher: Mapping[str, Float[Tensor, "_"]],
     activations: bool,
     config: Config,
     hessian_bytes: int | None = None,
-) -> Draft:
-    """Group the channels of a block's sites and price every group at every width."""
-    linears: list[DraftLinear] = []
+) -> BlockCosts:
+    """Group the channels of a block's sites and measure what every group costs at every width."""
+    linears: list[LinearCosts] = []
     information: dict[str, InformationSummary] = {}
     check_weights(block.linears)
     for sites in in_passes(block.sites, hessian_bytes if activations else None):
@@ -212,23 +219,25 @@ def draft_block(
             hessians |= measure_scarce(block, hessians, sites, config)
         for site in sites:
             with site_context(block, site):
-                drafts, summary = draft_site(
+                found, summary = measure_site_costs(
                     block, site, hessians.pop(site.name, None), fisher, config
                 )
-            linears += drafts
+            linears += found
             if summary is not None:
-                information[drafts[0].site] = summary
-    return Draft(linears, information)
+                information[found[0].site] = summary
+    return BlockCosts(linears, information)
 
 
-def draft_name(block: int) -> str:
-    """Return the name under which the draft of a block is committed."""
-    return f"drafts/{block:05}.safetensors"
+def block_costs_name(block: int) -> str:
+    """Return the name under which the costs of a block are committed."""
+    return f"site_costs/{block:05}.safetensors"
 
 
-def read_drafts(commits: Commits | None, blocks: int) -> dict[int, Draft]:
-    """Return the drafts that are committed, by block."""
+def read_block_costs(commits: Commits | None, blocks: int) -> dict[int, BlockCosts]:
+    """Return the costs that are committed, by block."""
     if commits is None:
         return {}
-    found = {block: commits.read_tensors(draft_name(block)) for block in range(blocks)}
-    return {block: Draft.read(*content) for block, content in found.items() if content is not None}
+    found = {block: commits.read_tensors(block_costs_name(block)) for block in range(blocks)}
+    return {
+        block: BlockCosts.read(*content) for block, content in found.items() if content is not None
+    }

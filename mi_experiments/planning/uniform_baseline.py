@@ -11,7 +11,7 @@ from torch import Tensor
 from mi_experiments.config.config import Config
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import group_sizes
-from mi_experiments.planning.budgets import share
+from mi_experiments.planning.budgets import budget_name
 from mi_experiments.planning.plan import LinearPlan, Plan
 
 
@@ -32,7 +32,9 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
     Returns:
         A plan with the same linears, sparsity and requested average.
     """
-    members = {name: share(name, linear.site, config) for name, linear in plan.linears.items()}
+    members = {
+        name: budget_name(name, linear.site, config) for name, linear in plan.linears.items()
+    }
     averages = scope_averages(plan, members, config)
     spare: dict[object, Fraction] = {}
     linears: dict[str, LinearPlan] = {}

@@ -74,7 +74,9 @@ def name_processor() -> str:
     return f"{name} {torch.backends.cpu.get_cpu_capability()}".strip()
 
 
-def fingerprint(config: Config, provenance: Provenance, texts: Mapping[str, str]) -> dict[str, Any]:
+def run_identity(
+    config: Config, provenance: Provenance, texts: Mapping[str, str]
+) -> dict[str, Any]:
     """Return everything that the numbers of a run depend on, for its manifest.
 
     Args:

@@ -59,7 +59,7 @@ class LinearReport:
             because its Hessian is singular; `kept`, likewise because too few tokens are routed to
             an expert; `untouched`, where neither bits nor sparsity were asked. The last three count
             16 bits a weight.
-        plan_damping: share that was added to the dense model's Hessian, which groups and prices
+        plan_damping: share that was added to the dense model's Hessian, which groups and costs
             come from; None if that was not measured.
         stability: adjusted Rand index between the groups that two halves of the calibration tokens
             give; None where groups do not come from tokens.

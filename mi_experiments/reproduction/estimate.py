@@ -2,7 +2,7 @@
 
 An estimate for a plan, from `conf/estimates.yaml`, and no measurement. What is counted is this
 project's own work: forward passes, Hessians, factors, sweeps, refinement, columns, weights read.
-Not counted: finding groups, pricing widths, clipping ranges, texts, downloads.
+Not counted: finding groups, costs of widths, clipping ranges, texts, downloads.
 """
 
 from collections.abc import Mapping

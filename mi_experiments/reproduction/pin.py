@@ -8,7 +8,7 @@ from mi_experiments.config.identity import without_incidental
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.atomic import write_atomically
 from mi_experiments.records.result import read_result
-from mi_experiments.reproduction.verdicts import fingerprint
+from mi_experiments.reproduction.verdicts import content_hashes
 
 DENSE, COMPRESSED = 1e-5, 5e-3
 """Tolerances, as shares. The embedded run with one and two threads, and with AVX-512, AVX2 or no
@@ -57,7 +57,7 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
     expected = {
         "source": f"{plain(result.provenance.command)}, {result.provenance.started}",
         **numbers,
-        "fingerprint": fingerprint(result),
+        "content_hashes": content_hashes(result),
     }
     content = {"defaults": [*groups, "_self_"], **without_incidental(result.config)}
     text = OmegaConf.to_yaml(OmegaConf.create({**content, "expected": expected}))

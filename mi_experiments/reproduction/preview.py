@@ -146,7 +146,7 @@ def summary(jobs: Sequence[Job], rates: Rates) -> str:
         f"Hours are an estimate, no measurement: operations counted, on {rates['accelerator']}; "
         f"forward passes and Hessians at {share}, factors and sweeps in float32 at {single}, "
         f"{rates['column_seconds'] * 1e6:g} µs for every column of a linear, weights read at "
-        f"{rates['read_bytes'] / 1e9:g} GB/s. Finding groups, pricing widths and clipping ranges "
+        f"{rates['read_bytes'] / 1e9:g} GB/s. Finding groups, costs of widths and clipping ranges "
         "are not in it. Weights are counted as float16; conf/estimates.yaml has the sources."
     )
 

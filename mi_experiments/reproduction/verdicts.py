@@ -80,7 +80,7 @@ def judge(
         signatures: known wrong numbers.
         note: why there is no number, or what is not known of a run that is complete.
     """
-    prints = fingerprint_changes(expected.fingerprint, result)
+    prints = hash_changes(expected.content_hashes, result)
     causes = [*changes, *exact_changes(changes, prints)]
     unexplained = unexplained_bits(causes, prints)
     shown = (*MACHINE, "model_revision", "numerics_version", "compressed")
@@ -177,7 +177,7 @@ def recognise(
     ]
 
 
-def fingerprint(result: Result) -> dict[str, str]:
+def content_hashes(result: Result) -> dict[str, str]:
     """Return the content hashes and versions of a run."""
     provenance = result.provenance
     if provenance is None:
@@ -196,11 +196,11 @@ def fingerprint(result: Result) -> dict[str, str]:
     }
 
 
-def fingerprint_changes(pinned: Mapping[str, str], result: Result | None) -> list[str]:
+def hash_changes(pinned: Mapping[str, str], result: Result | None) -> list[str]:
     """Say in what a run differs from the one that was pinned, as far as the run came."""
     if not pinned or result is None or result.provenance is None:
         return []
-    now = fingerprint(result)
+    now = content_hashes(result)
     files = {key for key in now if kind_of(key) == "model_files"}
     lines: list[str] = []
     for key in sorted(pinned.keys() | files):

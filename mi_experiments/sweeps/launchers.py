@@ -78,7 +78,7 @@ def threads_of(begun: dict[str, Any] | None) -> Iterator[None]:
     """
     before = torch.get_num_threads()
     if begun is not None:
-        torch.set_num_threads(begun["fingerprint"].get("threads", before))
+        torch.set_num_threads(begun["run_identity"].get("threads", before))
     try:
         yield
     finally:

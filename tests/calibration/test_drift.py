@@ -1,4 +1,4 @@
-"""Twins: both models on the same samples, and writers found by trying."""
+"""DensePair: both models on the same samples, and writers found by trying."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mi_experiments.calibration.drift import Twins, find_writers
+from mi_experiments.calibration.drift import DensePair, find_writers
 from mi_experiments.llm.blocks import Block, walk_blocks
 
 WRITERS = {
@@ -57,14 +57,14 @@ def test_unchanged_blocks_do_not_drift(
     model = tiny_model(name)
     stream = None
     for block in walk_blocks(model, tiny_tokens(3, 12), batch_size=2):
-        twins = Twins.open(block, stream)
+        pair = DensePair.open(block, stream)
         for site in block.sites:
             if site.routed:
                 continue
-            for batch in twins.observe(site):
+            for batch in pair.observe(site):
                 assert torch.equal(batch.compressed, batch.dense)
                 assert batch.drift is None or (batch.drift == 0).all()
-        stream = twins.advance()
+        stream = pair.advance()
 
 
 def test_both_models_are_what_plain_forwards_see(
@@ -74,14 +74,14 @@ def test_both_models_are_what_plain_forwards_see(
     dense, compressed = tiny_model("llama"), tiny_model("llama")
     stream = None
     for block in walk_blocks(compressed, tokens, batch_size=2):
-        twins = Twins.open(block, stream)
+        pair = DensePair.open(block, stream)
         for linear in block.linears:
             linear.write_weight(linear.read_weight() * 0.9)
         if block.index == 1:
             break
-        stream = twins.advance()
+        stream = pair.advance()
     site = block.sites[-1]
-    (batch,) = twins.observe(site)
+    (batch,) = pair.observe(site)
     name = site.linears[0].name
     for model, read in ((dense, batch.dense), (compressed, batch.compressed)):
         seen: list[torch.Tensor] = []
@@ -100,14 +100,14 @@ def test_the_drift_is_that_of_the_residual_stream(
     tokens = tiny_tokens(2, 12)
     model = tiny_model("llama")
     block = next(walk_blocks(model, tokens, batch_size=2))
-    twins = Twins.open(block, None)
+    pair = DensePair.open(block, None)
     attention = next(linear for linear in block.linears if linear.name.endswith("o_proj"))
     dense_weight = attention.read_weight()
     attention.write_weight(dense_weight * 0.5)
-    (batch,) = twins.observe(block.sites[-1])
+    (batch,) = pair.observe(block.sites[-1])
     assert batch.drift is not None
     (inputs, _), *_ = (
-        (observed.dense, observed.drift) for observed in twins.observe(block.sites[1])
+        (observed.dense, observed.drift) for observed in pair.observe(block.sites[1])
     )
     expected = inputs @ dense_weight.T * 0.5
     assert torch.allclose(batch.drift, expected, atol=1e-5)
@@ -119,7 +119,7 @@ def test_experts_drift_into_what_is_added_after_them(
     """The shared expert of DeepSeek comes last: it sees the drift that the routed ones made."""
     model = tiny_model("deepseek_v3")
     *_, block = walk_until(model, tiny_tokens(2, 12), 1)
-    twins = Twins.open(block, None)
+    pair = DensePair.open(block, None)
     _, hidden, call = next(block.batches())
     with torch.no_grad():
         before = call.replay(block.module, hidden)
@@ -127,12 +127,12 @@ def test_experts_drift_into_what_is_added_after_them(
             for linear in site.linears if site.routed else ():
                 linear.write_weight(linear.read_weight() * 0.9)
         after = call.replay(block.module, hidden)
-    (batch,) = twins.observe(block.sites[-1])
+    (batch,) = pair.observe(block.sites[-1])
     assert batch.drift is not None
     assert batch.drift.abs().max() > 0.01
     assert torch.allclose(batch.drift, (before - after).flatten(0, -2), atol=1e-5)
     attention = next(site for site in block.sites if site.name == "self_attn.o_proj")
-    (batch,) = twins.observe(attention)
+    (batch,) = pair.observe(attention)
     assert batch.drift is not None
     assert not batch.drift.any()
 
@@ -141,6 +141,6 @@ def test_experts_are_not_paired(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Any]
 ) -> None:
     block = next(walk_blocks(tiny_model("mixtral"), tiny_tokens(2, 12), batch_size=2))
-    twins = Twins.open(block, None)
+    pair = DensePair.open(block, None)
     with pytest.raises(ValueError, match=r"gate_up_proj\.0 reads other tokens"):
-        next(twins.observe(block.sites[-8]))
+        next(pair.observe(block.sites[-8]))

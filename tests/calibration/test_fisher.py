@@ -27,7 +27,7 @@ from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.llm.activations import Place, allocator
 from mi_experiments.llm.inventory import Inventory, LinearView, take_inventory
 from mi_experiments.llm.loading import load_model, open_model
-from mi_experiments.llm.matmul_hooks import alter
+from mi_experiments.llm.matmul_hooks import replace_output
 from mi_experiments.llm.streaming import BlockWeights
 
 EXACT = 1e-10  # relative, in float64: two ways to the same gradient differ by rounding alone
@@ -496,7 +496,7 @@ def whole_model(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
         labels = labels_of(model, sample)
         leaf = model.get_input_embeddings()(sample[None]).requires_grad_()
         handle = model.get_input_embeddings().register_forward_hook(lambda *_: leaf.clone())  # noqa: B023
-        with alter(linears, collect):
+        with replace_output(linears, collect):
             logits = model(input_ids=sample[None], use_cache=False).logits[0]
         handle.remove()
         cross_entropy(logits, labels, reduction="sum").backward()

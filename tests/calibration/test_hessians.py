@@ -62,12 +62,12 @@ def test_a_streamed_plan_is_the_resident_one(
         allocate=allocator(Place.disk, torch.device("cpu"), tmp_path),
         commits=Commits(tmp_path, {}),
     )
-    assert streamed.fingerprint() == resident.fingerprint()
+    assert streamed.sha256() == resident.sha256()
     assert len(seen) == count_steps(2, config) == 6
     assert all(p.is_meta for p in opened.weights.blocks.parameters())
     # The loss has had its say: by output error alone the same budget is spent otherwise.
     other = plan_compression(dense, tokens, config_of("wbits.cost=distortion"))
-    assert other.fingerprint() != resident.fingerprint()
+    assert other.sha256() != resident.sha256()
     widths = {int(width) for linear in resident.linears.values() for width in linear.bits}
     assert len(widths) > 1
 
@@ -98,12 +98,12 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
 
         return plan_compression(dense, tokens, config, stop, commits=Commits(tmp_path, {}))
 
-    # In the middle of it nothing is kept; after it, and after the first priced block, everything.
+    # In the middle of it nothing is kept; after it, and after the first block with costs, everything.
     for stop_at, times in ((2, 1), (2 + 5, 2)):
         with pytest.raises(ResumableError):
             plan(stop_at)
         assert len(measured) == times
-    assert plan().fingerprint() == expected.fingerprint()
+    assert plan().sha256() == expected.sha256()
     assert len(measured) == 2
     # Nor is anything kept where the loss is not asked.
     other = tmp_path / "other"

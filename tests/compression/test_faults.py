@@ -26,7 +26,7 @@ from tiny_models import build_tiny_model
 from mi_experiments.compression import compress_linear
 from mi_experiments.compression.totals import check_budget, check_fallbacks
 from mi_experiments.errors import AuditError, InputError, NumericalError, SingularError
-from mi_experiments.llm.nonfinite import Screen
+from mi_experiments.llm.nonfinite import FiniteCheck
 from mi_experiments.planning.plan import plan_compression
 from mi_experiments.records.result import Bits
 
@@ -234,11 +234,11 @@ def test_a_float64_model_is_measured_and_solved_in_float64(tokens: torch.Tensor)
 
 def test_samples_that_are_set_aside_go_on_as_zeros() -> None:
     """What is not finite must reach no router and no kernel of a later block."""
-    rejected = {1: "before"}
+    dropped = {1: "before"}
     hidden = torch.ones(4, 2, 3)
     hidden[2, 1, 0], hidden[3, 0, 1] = float("inf"), float("nan")
-    Screen(list("abcdefgh"), rejected).admit_(hidden, 4, "here")
-    assert rejected == {1: "before", 6: "here", 7: "here"}
+    FiniteCheck(list("abcdefgh"), dropped).check_(hidden, 4, "here")
+    assert dropped == {1: "before", 6: "here", 7: "here"}
     assert torch.equal(hidden[:2], torch.ones(2, 2, 3))
     assert torch.equal(hidden[2:], torch.zeros(2, 2, 3))
 

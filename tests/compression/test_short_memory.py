@@ -14,7 +14,7 @@ from faulty_models import (
 from tiny_models import build_tiny_model
 
 from mi_experiments.calibration import hessians
-from mi_experiments.calibration.drift import Twins
+from mi_experiments.calibration.drift import DensePair
 from mi_experiments.errors import MemoryShortage
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.llm.replay import Call
@@ -101,5 +101,5 @@ def test_twins_run_in_batches_of_one_size_whichever_was_short(tokens: torch.Tens
         dense = block.stream.fork()
         block.stream.batch_size = dense.batch_size = 4
         (block.stream if short == "block" else dense).shrink("reason")
-        twins = Twins.open(block, dense)
-        assert [len(seen.dense) for seen in twins.observe(block.sites[-1])] == [2 * 16] * 4
+        pair = DensePair.open(block, dense)
+        assert [len(seen.dense) for seen in pair.observe(block.sites[-1])] == [2 * 16] * 4

@@ -186,7 +186,7 @@ def test_screening_is_not_repeated_when_a_run_goes_on(
         with pytest.raises(pytest.fail.Exception):
             run(asked, tmp_path / "run")
     monkeypatch.setattr(
-        "mi_experiments.calibration.drop_nonfinite.screen_samples",
+        "mi_experiments.calibration.drop_nonfinite.find_nonfinite",
         lambda *_, **__: pytest.fail("again"),
     )
     assert run(asked, tmp_path / "run").dropped == {"sample 3": "the output of model.layers.0"}

@@ -79,7 +79,7 @@ def test_an_unbroken_run_does_all_the_work_once(place: Place) -> None:
     """Otherwise the counts of the other tests would mean nothing."""
     counts = place.ended.counts
     assert counts["linears"] == BLOCKS * LINEARS
-    assert counts["drafts"] == BLOCKS
+    assert counts["site_costs"] == BLOCKS
     assert counts["texts"] == 2 * TEXTS
     # Of each text with both models; to plan; and of both models, to compress.
     assert counts["passes"] == (2 * TEXTS + 1 + 2) * BLOCKS
@@ -224,7 +224,7 @@ def test_a_completed_run_given_again_shows_its_result_and_computes_nothing(place
     assert ended.code == 0
     assert "is complete; remove it to run again" in ended.out
     assert f"{read_result(run_dir).compressed['text'].perplexity:.4f}" in ended.out
-    assert all(ended.counts[name] == 0 for name in ("writes", "linears", "drafts", "texts"))
+    assert all(ended.counts[name] == 0 for name in ("writes", "linears", "site_costs", "texts"))
     assert contents(run_dir) == before
 
 
@@ -414,7 +414,7 @@ def test_changed_sources_are_refused_and_nothing_is_lost(
     ended = place.run()
     assert ended.code == 2
     assert shown in ended.out
-    assert ended.counts["linears"] == ended.counts["drafts"] == ended.counts["texts"] == 0
+    assert ended.counts["linears"] == ended.counts["site_costs"] == ended.counts["texts"] == 0
     assert contents(run_dir) == before
     for path, content in sources.items():
         if path.is_file() and path.name != "run.out":
@@ -506,11 +506,11 @@ def test_no_block_is_replayed_when_all_are_finished(place: Place) -> None:
 
 def test_a_damaged_draft_is_measured_again(place: Place) -> None:
     run_dir = place.fresh()
-    assert place.run(send=[["drafts", 2, "SIGKILL"]]).code == -signal.SIGKILL
-    flip(run_dir / "drafts" / "00000.safetensors")
+    assert place.run(send=[["site_costs", 2, "SIGKILL"]]).code == -signal.SIGKILL
+    flip(run_dir / "site_costs" / "00000.safetensors")
     ended = place.run()
     assert ended.code == 0, ended.out
-    assert ended.counts["drafts"] == BLOCKS
+    assert ended.counts["site_costs"] == BLOCKS
     assert artefacts(run_dir) == place.reference
 
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.evaluation.perplexity import measure_perplexity, summarize
-from mi_experiments.llm.calls import Form
+from mi_experiments.llm.calls import BlockOutput
 from mi_experiments.llm.logits import measure_token_nll, plan_waves
 
 TOLERANCE = 1e-12  # relative, in float64: chunks and batches change only the order of sums
@@ -102,7 +102,7 @@ def test_token_nll_is_per_token_and_in_order() -> None:
         before_norm: list[Tensor] = []
         blocks[-1].register_forward_hook(lambda module, args, output: before_norm.append(output))
         model.model(input_ids=window[None])
-        nll = measure_token_nll(model, blocks, Form(None), before_norm[0][0], window, 7)
+        nll = measure_token_nll(model, blocks, BlockOutput(None), before_norm[0][0], window, 7)
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, nll_by_hand(model, window), rtol=TOLERANCE, atol=TOLERANCE)
 

@@ -149,7 +149,7 @@ def test_the_uniform_model_is_that_of_a_uniform_run(
         assert (report.bits, report.output_error) == (other.bits, other.output_error)
     # The plan that was kept is the one that the record names.
     commits = Commits(tmp_path / "net", json.loads(
-        (tmp_path / "net" / "manifest.json").read_text())["fingerprint"])  # fmt: skip
+        (tmp_path / "net" / "manifest.json").read_text())["run_identity"])  # fmt: skip
     stored = commits.read_tensors("plan_uniform.safetensors")
     assert stored is not None
     plan = Plan.read(*stored)

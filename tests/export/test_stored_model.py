@@ -147,7 +147,7 @@ def test_what_is_reloaded_is_what_was_in_memory(
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run")
     memory = store_all(opened, stored)
-    stored.finish(opened.tokenizer)
+    stored.complete(opened.tokenizer)
 
     reloaded, loading = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "model", experts_implementation="eager", output_loading_info=True
@@ -177,7 +177,7 @@ def test_the_index_names_every_weight_once(tmp_path: Path) -> None:
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run")
     store_all(opened, stored)
-    stored.finish(opened.tokenizer)
+    stored.complete(opened.tokenizer)
     folder = tmp_path / "run" / "model"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -198,7 +198,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run")
     store_all(opened, stored)
-    stored.finish(opened.tokenizer)
+    stored.complete(opened.tokenizer)
     assert "lm_head.weight" not in stored_names(tmp_path / "run" / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
@@ -216,7 +216,7 @@ def test_sampling_settings_that_the_library_refuses_go_through(tmp_path: Path) -
         opened.model.save_pretrained(tmp_path / "refused")
     stored = open_stored(opened, tmp_path / "run")
     store_all(opened, stored)
-    stored.finish(opened.tokenizer)
+    stored.complete(opened.tokenizer)
     written = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
     assert {key: written[key] for key in settings} == settings
     assert opened.model.generation_config is before
@@ -382,7 +382,7 @@ def test_settings_are_there_completely_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, fail)
         with pytest.raises(kind) as caught:
-            stored.finish(opened.tokenizer)
+            stored.complete(opened.tokenizer)
     if kind is ResumableError:
         assert str(caught.value).startswith(str(tmp_path / "run" / "model"))
         assert "cannot be written" in str(caught.value)
@@ -394,7 +394,7 @@ def test_settings_are_there_completely_or_not_at_all(
         n: c for n, c in before.items() if n != "manifest.json"
     }
     assert not any(path.name.startswith(".") for path in (tmp_path / "run").rglob("*"))
-    stored.finish(opened.tokenizer)
+    stored.complete(opened.tokenizer)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     stored.weights.load_all()
     assert torch.equal(logits(reloaded), logits(opened.model))
@@ -417,13 +417,13 @@ def test_what_is_of_another_origin_is_neither_overwritten_nor_removed(
 )
 def test_only_what_is_wanted_stays(export: str, left: set[str], tmp_path: Path) -> None:
     commits = Commits(tmp_path, {})
-    folders = ("drafts", "evaluations", "reports", "model", "grids")
+    folders = ("site_costs", "evaluations", "reports", "model", "grids")
     commits.commit({f"{name}/{index}": b"x" for name in folders for index in range(2)})
     if export == "packed":
         commits.commit({"packed/0": b"x"})
-    (tmp_path / "drafts" / "0").write_text("y")
-    assert commits.find("drafts/0") is None
-    commits.commit({"drafts/0": b"x"})
+    (tmp_path / "site_costs" / "0").write_text("y")
+    assert commits.find("site_costs/0") is None
+    commits.commit({"site_costs/0": b"x"})
     (tmp_path / "reports" / "mine").write_text("x")
     tidy(commits, Export[export])
     assert {path.name for path in tmp_path.iterdir()} == left | {"manifest.json", "reports"}

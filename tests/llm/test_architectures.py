@@ -17,7 +17,7 @@ from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.llm.blocks import describe_blocks, walk_blocks
 from mi_experiments.llm.inventory import LinearView, block_list, take_inventory
-from mi_experiments.llm.matmul_hooks import alter
+from mi_experiments.llm.matmul_hooks import replace_output
 from mi_experiments.planning.plan import plan_compression
 
 Builder = Callable[..., Any]
@@ -173,7 +173,7 @@ def test_every_linear_is_seen_the_right_way_round(
             return output
 
         ((_, hidden, call),) = block.batches()
-        with alter(block.linears, check), torch.no_grad():
+        with replace_output(block.linears, check), torch.no_grad():
             call.replay(block.module, hidden)
         assert called == {linear.name for linear in block.linears}
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.matmul_hooks import alter, watch
+from mi_experiments.llm.matmul_hooks import on_input, replace_output
 
 EXPERT = 2
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -67,7 +67,7 @@ def test_every_product_is_seen(product: Product, transposed: bool, how: str) -> 
     linear = matrix if how == "matrix" else expert
     x = torch.randn(5, 6)
     seen: list[tuple[LinearView, Tensor]] = []
-    with watch([matrix, expert], lambda linear, x: seen.append((linear, x))):
+    with on_input([matrix, expert], lambda linear, x: seen.append((linear, x))):
         weight = {
             "matrix": lambda: holder.matrix,
             "by number": lambda: holder.experts[EXPERT],
@@ -88,7 +88,7 @@ def test_a_wrong_orientation_is_corrected(product: Product, transposed: bool) ->
     holder = Holder(transposed)
     wrong = LinearView("matrix", holder, "matrix", None, not transposed)
     seen: list[LinearView] = []
-    with watch([wrong], lambda linear, x: seen.append(linear)):
+    with on_input([wrong], lambda linear, x: seen.append(linear)):
         product(torch.randn(5, 6), holder.matrix)
     (found,) = seen
     assert (found.rows, found.columns) == (4, 6) == (wrong.columns, wrong.rows)
@@ -99,7 +99,7 @@ def test_outputs_are_altered_in_place_of_the_product(product: Product, transpose
     holder = Holder(transposed)
     matrix, _ = views_of(holder, transposed)
     x = torch.randn(5, 6)
-    with alter([matrix], lambda linear, inputs, output: 2 * output + inputs[:, :1]):
+    with replace_output([matrix], lambda linear, inputs, output: 2 * output + inputs[:, :1]):
         altered, untouched = product(x, holder.matrix), product(x, holder.experts[EXPERT])
     expected = product(x, holder.matrix)
     torch.testing.assert_close(altered, 2 * expected + x[:, :1].to(expected.dtype))
@@ -114,14 +114,14 @@ def test_all_experts_in_one_product(transposed: bool) -> None:
     x = torch.randn(3, 5, 6)
     weight = holder.experts if transposed else holder.experts.mT
     seen: dict[str, Tensor] = {}
-    with watch(linears, lambda linear, x: seen.__setitem__(linear.name, x)):
+    with on_input(linears, lambda linear, x: seen.__setitem__(linear.name, x)):
         output = torch.bmm(x, weight)
     assert [*seen] == ["experts.0", "experts.1", "experts.2"]
     for linear, inputs, result in zip(linears, x, output, strict=True):
         assert torch.equal(seen[linear.name], inputs)
         torch.testing.assert_close(result, inputs @ linear.read_weight().T)
     bias = torch.ones(3, 1, 4)
-    with alter(linears[1:], lambda linear, inputs, output: torch.zeros_like(output)):
+    with replace_output(linears[1:], lambda linear, inputs, output: torch.zeros_like(output)):
         silenced = torch.baddbmm(bias, x, weight)
     torch.testing.assert_close(silenced[0], output[0] + 1)
     assert not silenced[1:].any()
@@ -137,7 +137,7 @@ def test_gradients_arrive_at_each_expert_of_one_product() -> None:
         output.register_hook(lambda gradient: gradients.__setitem__(linear.name, gradient))
         return output
 
-    with alter(linears, collect):
+    with replace_output(linears, collect):
         output = torch.bmm(x, holder.experts)
     torch.autograd.grad(output.pow(3).sum(), x)
     for linear, result in zip(linears, output.detach(), strict=True):
@@ -148,7 +148,7 @@ def test_nothing_else_is_seen() -> None:
     holder = Holder(False)
     matrix, expert = views_of(holder, False)
     x = torch.randn(5, 6)
-    with watch([matrix, expert], lambda linear, x: pytest.fail(linear.name)):
+    with on_input([matrix, expert], lambda linear, x: pytest.fail(linear.name)):
         holder.matrix * 2 + holder.experts[EXPERT]
         functional.linear(x, holder.matrix + 0)
         functional.linear(x, holder.matrix.exp())
@@ -165,7 +165,7 @@ def test_nothing_else_is_seen() -> None:
 def test_only_the_watched_experts_are_seen() -> None:
     holder = Holder(False)
     seen: list[str] = []
-    with watch([views_of(holder, False)[1]], lambda linear, x: seen.append(linear.name)):
+    with on_input([views_of(holder, False)[1]], lambda linear, x: seen.append(linear.name)):
         for expert in range(3):
             functional.linear(torch.randn(2, 6), holder.experts[expert])
         torch.bmm(torch.randn(3, 2, 6), holder.experts.mT)
@@ -181,7 +181,7 @@ def test_parameters_are_found_where_they_are_now() -> None:
     for value in (1.0, 2.0):
         holder.matrix = nn.Parameter(torch.full((4, 6), value), requires_grad=False)
         holder.experts = nn.Parameter(torch.full((3, 4, 6), value), requires_grad=False)
-        with watch([matrix, expert], lambda linear, x: seen.append(linear)):
+        with on_input([matrix, expert], lambda linear, x: seen.append(linear)):
             functional.linear(x, holder.matrix)
             functional.linear(x, holder.experts[EXPERT])
         assert (expert.read_weight() == value).all()
@@ -195,7 +195,9 @@ def test_weights_without_numbers_are_told_apart() -> None:
     linears = [LinearView(f"experts.{e}", holder, "experts", e) for e in range(3)]
     x = torch.empty(5, 6, device="meta")
     seen: list[str] = []
-    with watch([*linears, views_of(holder, False)[0]], lambda linear, x: seen.append(linear.name)):
+    with on_input(
+        [*linears, views_of(holder, False)[0]], lambda linear, x: seen.append(linear.name)
+    ):
         functional.linear(x, holder.experts[1])
         functional.linear(x, holder.matrix)
         chosen = holder.experts[torch.zeros(5, dtype=torch.int64, device="meta")]
@@ -209,7 +211,7 @@ def test_experts_that_run_together_are_refused() -> None:
     x, chosen = torch.randn(5, 6), torch.tensor([0, 0, 1, 2, 2])
     offsets = torch.tensor([2, 3, 5], dtype=torch.int32)
     refused = pytest.raises(InputError, match=r"experts\.2 .*experts_implementation='eager'")
-    with watch(views_of(holder, False), lambda linear, x: None):
+    with on_input(views_of(holder, False), lambda linear, x: None):
         with refused:
             torch.bmm(holder.experts[chosen], x.unsqueeze(-1))
         with refused:
@@ -220,7 +222,7 @@ def test_a_tensor_in_a_wider_dtype_is_the_tensor() -> None:
     holder = Holder(False).to(torch.bfloat16)
     (matrix, _), x = views_of(holder, False), torch.randn(5, 6).bfloat16()
     seen: list[Tensor] = []
-    with watch([matrix], lambda linear, x: seen.append(x)):
+    with on_input([matrix], lambda linear, x: seen.append(x)):
         functional.linear(x.float(), holder.matrix.float())
         functional.linear(x.float().bfloat16(), holder.matrix)
         wide = x.float()
@@ -240,7 +242,7 @@ def test_callbacks_may_end_the_pass() -> None:
         raise ZeroDivisionError
 
     def run() -> None:
-        with watch(views_of(holder, False), read):
+        with on_input(views_of(holder, False), read):
             ran.append("before")
             functional.linear(torch.randn(5, 6), holder.matrix)
             ran.append("after")

@@ -172,7 +172,7 @@ def test_refit_of_one_group_is_least_squares(monkeypatch, scale_bits, stored, di
         assert float(refitted.scale[row, 0]) == float(stored(best[0]))
         residual = (best[0] * level - target[row].numpy()) @ root
         rounding = (best[0] * 2.0**-digits * level) @ root
-        excess = float(found.loss[row]) - residual @ residual
+        excess = float(found.quadratic_error[row]) - residual @ residual
         assert -1e-12 <= excess <= rounding @ rounding
     assert (refitted.scale != grid.scale).all()
 
@@ -216,7 +216,9 @@ def test_no_step_raises_the_loss_of_a_row_and_the_result_passes_the_audit(
             swept = descend(swept, grid, target, hessian)
         after = quadratic(swept.weight, target, hessian)
         assert (after <= before * (1 + SLACK[dtype])).all()
-        torch.testing.assert_close(swept.loss.double(), after, rtol=100 * SLACK[dtype], atol=0)
+        torch.testing.assert_close(
+            swept.quadratic_error.double(), after, rtol=100 * SLACK[dtype], atol=0
+        )
         before = after
         assert swept.weight.dtype == dtype
         assert torch.equal(swept.pruned, pruned)
@@ -243,12 +245,12 @@ def test_refine_takes_turns():
         swept, grid = refit_scales(swept, grid, target, hessian)
     assert torch.equal(found.weight, swept.weight)
     assert torch.equal(found.codes, swept.codes)
-    assert torch.equal(found.loss, swept.loss)
+    assert torch.equal(found.quadratic_error, swept.quadratic_error)
     assert torch.equal(found_grid.scale, grid.scale)
 
 
 def every_change_of_one_code(swept, grid, target, hessian):
-    """The least that a row's loss changes by when one kept weight takes another code."""
+    """The least that a row's error changes by when one kept weight takes another code."""
     here = quadratic(swept.weight, target, hessian)
     for row, channel in itertools.product(range(len(here)), range(len(hessian))):
         if not swept.pruned[row, channel]:
@@ -283,7 +285,7 @@ def test_tiny_rows_mostly_reach_the_best_codes_there_are(columns, least_share):
         codes = torch.tensor(list(itertools.product(range(4), repeat=columns)))
         every = (codes[:, None] - grid.zero_point) * grid.scale
         best = quadratic(every, target, hessian).amin(0)
-        swept_loss, loss = quadratic(swept.weight, target, hessian), refined.loss
+        swept_loss, loss = quadratic(swept.weight, target, hessian), refined.quadratic_error
         assert (loss <= swept_loss * (1 + 1e-12)).all()
         shares.append([(x <= best * (1 + 1e-9)).double().mean() for x in (swept_loss, loss)])
     swept_share, share = torch.tensor(shares).mean(0).tolist()
@@ -295,7 +297,7 @@ def test_unquantized_survivors_converge_to_least_squares():
     # Larger than any code, because unquantized weights know no bounds.
     target = 1e6 * target
     pruned = normal(ROWS, COLUMNS, seed=7) > 0
-    swept = Swept(target.masked_fill(pruned, 0), None, pruned, swept.loss)
+    swept = Swept(target.masked_fill(pruned, 0), None, pruned, swept.quadratic_error)
     found, same = refine(swept, grid, target, hessian, rounds=1000)
     for row in range(ROWS):
         kept = ~pruned[row]
@@ -313,7 +315,7 @@ def test_weights_already_on_their_grid_do_not_change(hessian, dtype):
     target = grid.quantize(normal(ROWS, COLUMNS, seed=1, dtype=dtype))
     found, same = refine(as_swept(target, grid), grid, target, hessian.to(dtype), rounds=3)
     assert torch.equal(found.weight, target)
-    assert torch.equal(found.loss, torch.zeros(ROWS, dtype=dtype))
+    assert torch.equal(found.quadratic_error, torch.zeros(ROWS, dtype=dtype))
     assert torch.equal(same.scale, grid.scale)
 
 
@@ -337,7 +339,9 @@ def test_a_tie_keeps_the_old_code(code):
 def test_inputs_are_not_modified(rows):
     """The transpose of a single row is contiguous, and so easily no copy."""
     swept, grid, target, hessian = make_problem((2, 16, 4), HALF)
-    swept = Swept(swept.weight[:rows], swept.codes[:rows], swept.pruned[:rows], swept.loss[:rows])
+    swept = Swept(
+        swept.weight[:rows], swept.codes[:rows], swept.pruned[:rows], swept.quadratic_error[:rows]
+    )
     grid = replace(grid, scale=grid.scale[:rows], zero_point=grid.zero_point[:rows])
     given = [swept.weight, swept.codes, swept.pruned, grid.scale, target, hessian]
     copies = [tensor.clone() for tensor in given]

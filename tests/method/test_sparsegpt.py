@@ -163,7 +163,7 @@ def test_sweep_equals_explicit_obs(task, mask_block, permuted):
     assert torch.equal(result.pruned, pruned)
     assert (result.weight - expected).abs().max() < TOLERANCE
     torch.testing.assert_close(
-        result.loss, quadratic(weight, expected, hessian), rtol=1e-11, atol=1e-13
+        result.quadratic_error, quadratic(weight, expected, hessian), rtol=1e-11, atol=1e-13
     )
 
 
@@ -213,7 +213,7 @@ def test_sweep_equals_the_classic_recursion(task, columns, mask_block):
     result = sweep(weight, factorise(hessian), grid=grid, sparsity=sparsity, mask_block=mask_block)
     assert torch.equal(result.pruned, pruned)
     assert (result.weight - expected).abs().max() < TOLERANCE
-    torch.testing.assert_close(result.loss, loss, rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(result.quadratic_error, loss, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -278,7 +278,7 @@ def test_nothing_to_do_is_bit_identical(weight_dtype):
         assert torch.equal(result.weight.view(torch.int32), weight.float().view(torch.int32))
         assert result.codes is None
         assert not result.pruned.any()
-        assert not result.loss.any()
+        assert not result.quadratic_error.any()
         assert result.weight.data_ptr() != weight.data_ptr()
 
 
@@ -309,7 +309,7 @@ def test_scoring_the_targets_instead_of_the_conditional_optimum_is_worse():
     raw = sweep(weight, factor, pruned=naive)
     assert not torch.equal(raw.pruned, result.pruned)
     assert torch.equal(raw.pruned[:, :32], result.pruned[:, :32])
-    assert raw.loss.sum() > 1.05 * result.loss.sum()
+    assert raw.quadratic_error.sum() > 1.05 * result.quadratic_error.sum()
 
 
 def remaining_shift(weight, compressed, upper, low, span):
@@ -325,7 +325,7 @@ def test_pruning_before_the_last_channel_compensates_like_least_squares():
     result = sweep(weight, factorise(hessian), pruned=pattern)
     best = weight @ hessian[:, 5] / hessian[5, 5]
     assert (result.weight[:, 5] - best).abs().max() < TOLERANCE
-    torch.testing.assert_close(result.loss, quadratic(weight, result.weight, hessian))
+    torch.testing.assert_close(result.quadratic_error, quadratic(weight, result.weight, hessian))
 
 
 def test_pruning_the_first_channel_alone_equals_least_squares_of_all_the_others():
@@ -343,8 +343,8 @@ def test_float32_is_as_good_as_the_exact_answer():
     exact = sweep(weight, factorise(hessian), grid=grid, sparsity=HALF)
     single = sweep(weight.float(), factorise(hessian.float()), grid=grid, sparsity=HALF)
     true_loss = quadratic(weight, single.weight.double(), hessian).sum()
-    assert abs(true_loss / exact.loss.sum() - 1) < 1e-2
-    assert abs(single.loss.sum() / true_loss - 1) < 1e-4
+    assert abs(true_loss / exact.quadratic_error.sum() - 1) < 1e-2
+    assert abs(single.quadratic_error.sum() / true_loss - 1) < 1e-4
 
 
 class CountOperations(TorchDispatchMode):

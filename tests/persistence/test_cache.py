@@ -16,7 +16,7 @@ import torch
 from mi_experiments.persistence.cache import content_key, locked, read_entry, write_entry
 
 TENSORS = {"costs": torch.tensor([[0.1, 1 / 3], [-0.0, 1e-300]], dtype=torch.float64)}
-TEXTS = {"of a draft": json.dumps({"π": 1 / 3, "": None}), "other": 'a "quoted"\nline'}
+TEXTS = {"of a block": json.dumps({"π": 1 / 3, "": None}), "other": 'a "quoted"\nline'}
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from mi_experiments.method.allocation import allocate_kept
 from mi_experiments.method.pruning import keep_parts, possible_parts
 from mi_experiments.planning.budgets import allocate_pruning, allocate_widths
 from mi_experiments.planning.costs import GroupCosts
-from mi_experiments.planning.site_costs import DraftLinear
+from mi_experiments.planning.site_costs import LinearCosts
 
 
 def falling(rows: int, choices: int, seed: int) -> torch.Tensor:
@@ -69,11 +69,11 @@ def test_the_choices_are_within_the_spread(
     assert parts[0] <= 128 * (1 - ratio)
 
 
-def draft(name: str, site: str, rows: int, seed: int) -> DraftLinear:
+def linear_costs(name: str, site: str, rows: int, seed: int) -> LinearCosts:
     generator = torch.Generator().manual_seed(seed)
     costs = torch.rand(2, 3, generator=generator, dtype=torch.float64).sort(1, descending=True)
-    prices = GroupCosts(costs.values, torch.tensor([8 * rows, 8 * rows]))
-    return DraftLinear(name, 0, site, rows, torch.arange(16) // 8, prices)
+    group_costs = GroupCosts(costs.values, torch.tensor([8 * rows, 8 * rows]))
+    return LinearCosts(name, 0, site, rows, torch.arange(16) // 8, group_costs)
 
 
 @pytest.mark.parametrize("scope", ["linear", "site", "model"])
@@ -81,8 +81,12 @@ def test_tied_widths_equal_brute_force_over_what_is_tied(scope: str) -> None:
     config = config_of(
         "wbits.tied=true", "wbits.widths=[2,3,4]", "wbits.average=3", f"wbits.scope={scope}"
     )
-    drafts = [draft("q", "qk", 4, 0), draft("k", "qk", 2, 1), draft("o", "o", 4, 2)]
-    chosen = allocate_widths(drafts, config)
+    linears = [
+        linear_costs("q", "qk", 4, 0),
+        linear_costs("k", "qk", 2, 1),
+        linear_costs("o", "o", 4, 2),
+    ]
+    chosen = allocate_widths(linears, config)
     assert torch.equal(chosen["q"], chosen["k"])
     free = list(itertools.product([2, 3, 4], repeat=2))
 
@@ -90,9 +94,9 @@ def test_tied_widths_equal_brute_force_over_what_is_tied(scope: str) -> None:
         rows = {"q": 4, "k": 2, "o": 4}[name]
         return sum(8 * rows * width for width in widths)
 
-    def cost(row: DraftLinear, widths: tuple[int, ...]) -> float:
-        assert row.prices is not None
-        return sum(float(row.prices.costs[g, w - 2]) for g, w in enumerate(widths))
+    def cost(row: LinearCosts, widths: tuple[int, ...]) -> float:
+        assert row.group_costs is not None
+        return sum(float(row.group_costs.costs[g, w - 2]) for g, w in enumerate(widths))
 
     best = []
     for together, alone in itertools.product(free, free):
@@ -100,10 +104,10 @@ def test_tied_widths_equal_brute_force_over_what_is_tied(scope: str) -> None:
         fits = sum(spent) <= 3 * 160 if scope == "model" else spent[0] <= 288 and spent[1] <= 192
         if fits:
             best.append(
-                cost(drafts[0], together) + cost(drafts[1], together) + cost(drafts[2], alone)
+                cost(linears[0], together) + cost(linears[1], together) + cost(linears[2], alone)
             )
-    found = [tuple(chosen[row.name].tolist()) for row in drafts]
-    total = sum(cost(row, widths) for row, widths in zip(drafts, found, strict=True))
+    found = [tuple(chosen[row.name].tolist()) for row in linears]
+    total = sum(cost(row, widths) for row, widths in zip(linears, found, strict=True))
     assert total == pytest.approx(min(best))
 
 
@@ -112,11 +116,11 @@ def test_a_linear_without_a_price_is_pruned_as_the_average() -> None:
     config = config_of("sparsity.scope=model", "sparsity.ratio=0.5")
     costly = torch.linspace(1, 0, len(kept), dtype=torch.float64)
     group = torch.zeros(8, dtype=torch.int32)
-    drafts = [
-        DraftLinear("a", 0, "a", 4, group, None, 9 * costly),
-        DraftLinear("b", 0, "b", 4, group, None, costly),
-        DraftLinear("c", 0, "c", 4, group, None, None),
+    linears = [
+        LinearCosts("a", 0, "a", 4, group, None, 9 * costly),
+        LinearCosts("b", 0, "b", 4, group, None, costly),
+        LinearCosts("c", 0, "c", 4, group, None, None),
     ]
-    chosen = allocate_pruning(drafts, config)
+    chosen = allocate_pruning(linears, config)
     assert [chosen[name].ratio for name in "abc"] == [39 / 128, 89 / 128, 0.5]
     assert chosen["a"] == keep_parts(89)

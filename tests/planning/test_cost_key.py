@@ -8,15 +8,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from mi_experiments.calibration.hessians import LOSS_FIELDS
+from mi_experiments.calibration.hessians import FISHER_FIELDS
 from mi_experiments.config.compose import conf_directory, from_hydra, to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
 from mi_experiments.persistence.cache import content_key
 from mi_experiments.planning import plan
-from mi_experiments.planning.cost_key import ALL_WIDTHS, drafting_config
+from mi_experiments.planning.cost_key import ALL_WIDTHS, cost_config
 from mi_experiments.planning.plan import plan_compression
-from mi_experiments.planning.site_costs import Draft
+from mi_experiments.planning.site_costs import BlockCosts
 
 SMALL = (
     "n_groups.count=2", "n_groups.multiple=8", "dataset.batch_size=2",
@@ -63,40 +63,40 @@ def test_a_narrowed_config_has_its_fields_and_no_other() -> None:
 
 
 @pytest.fixture
-def drafted(
+def measured_costs(
     tiny_model: Callable[..., Any],
     tiny_tokens: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., list[Draft]]:
-    """Give the drafts that a plan is made of."""
+) -> Callable[..., list[BlockCosts]]:
+    """Give the site costs that a plan is made of."""
 
-    def drafts_of(*overrides: str) -> list[Draft]:
-        found: list[Draft] = []
-        real = plan.draft_block
+    def drafts_of(*overrides: str) -> list[BlockCosts]:
+        found: list[BlockCosts] = []
+        real = plan.measure_block_costs
 
-        def spy(*arguments: Any) -> Draft:
+        def spy(*arguments: Any) -> BlockCosts:
             found.append(real(*arguments))
             return found[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "draft_block", spy)
+            patch.setattr(plan, "measure_block_costs", spy)
             plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config_of(*overrides))
         return found
 
     return drafts_of
 
 
-def bits_of(drafts: list[Draft]) -> list[Any]:
-    """Return every bit of drafts as something that can be compared."""
+def bits_of(all_costs: list[BlockCosts]) -> list[Any]:
+    """Return every bit of site costs as something that can be compared."""
     return [
         (name, tensor.dtype, tensor.flatten().view(torch.uint8).tolist())
-        for draft in drafts
-        for name, tensor in draft.stored()[0].items()
-    ] + [draft.stored()[1] for draft in drafts]
+        for block_costs in all_costs
+        for name, tensor in block_costs.stored()[0].items()
+    ] + [block_costs.stored()[1] for block_costs in all_costs]
 
 
 def key_of(*overrides: str) -> str:
-    return content_key(to_plain(drafting_config(config_of(*overrides))))
+    return content_key(to_plain(cost_config(config_of(*overrides))))
 
 
 SAME = [
@@ -144,10 +144,10 @@ OTHER = [
 
 @pytest.mark.parametrize("overrides", SAME, ids=" ".join)
 def test_what_drafting_does_not_read_is_neither_in_the_key_nor_in_the_drafts(
-    drafted: Callable[..., list[Draft]], overrides: list[str]
+    measured_costs: Callable[..., list[BlockCosts]], overrides: list[str]
 ) -> None:
     assert key_of(*overrides) == key_of()
-    assert bits_of(drafted(*overrides)) == bits_of(drafted())
+    assert bits_of(measured_costs(*overrides)) == bits_of(drafted())
 
 
 @pytest.mark.parametrize("overrides", OTHER, ids=" ".join)
@@ -175,7 +175,7 @@ def test_what_pricing_of_pruning_reads_is_in_the_key(overrides: list[str]) -> No
 
 def test_what_the_loss_feels_follows_from_its_own_fields() -> None:
     def key(*overrides: str) -> str:
-        return content_key(to_plain(narrow(config_of(*FISHER, *overrides), LOSS_FIELDS)))
+        return content_key(to_plain(narrow(config_of(*FISHER, *overrides), FISHER_FIELDS)))
 
     for same in (["n_groups=random"], ["recipe.damping=0.2"], ["wbits.average=3"], *SAME[6:]):
         assert key(*same) == key()
@@ -193,16 +193,16 @@ def test_whoever_drafts_can_read_nothing_else(
 ) -> None:
     config = config_of(*overrides)
     given: list[Config] = []
-    real = plan.draft_block
+    real = plan.measure_block_costs
 
-    def spy(*arguments: Any) -> Draft:
+    def spy(*arguments: Any) -> BlockCosts:
         given.append(arguments[3])
         return real(*arguments)
 
-    monkeypatch.setattr(plan, "draft_block", spy)
+    monkeypatch.setattr(plan, "measure_block_costs", spy)
     plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
     assert given
-    known = to_plain(drafting_config(config))
+    known = to_plain(cost_config(config))
     assert all(to_plain(found) == known for found in given)
 
 
@@ -213,20 +213,20 @@ def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
     monkeypatch: pytest.MonkeyPatch,
     cost: str,
 ) -> None:
-    """So that a plan from shared drafts is the plan from drafts of its own, bit for bit."""
+    """So that a plan from shared site costs is the plan from its own, bit for bit."""
     model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
     for budget in ("wbits.average=2.5", "wbits.average=4", "wbits.widths=[3,16]"):
         config = config_of(budget, f"wbits.cost={cost}", "wbits.scope=model")
         shared = plan_compression(model, tokens, config)
 
         def alone(config: Config) -> Config:
-            drafting = drafting_config(config)
-            drafting.wbits.widths = config.wbits.candidate_widths()
-            return drafting
+            narrowed = cost_config(config)
+            narrowed.wbits.widths = config.wbits.candidate_widths()
+            return narrowed
 
         assert {*ALL_WIDTHS} - {*alone(config).wbits.candidate_widths()}
         with monkeypatch.context() as patch:
-            patch.setattr(plan, "drafting_config", alone)
+            patch.setattr(plan, "cost_config", alone)
             own = plan_compression(model, tokens, config)
-        assert own.fingerprint() == shared.fingerprint()
+        assert own.sha256() == shared.sha256()
         assert own.stored()[1] == shared.stored()[1]

@@ -9,8 +9,8 @@ import torch
 from composed import config_of
 from scipy.optimize import minimize
 
-from mi_experiments.planning.cost_key import drafting_config
-from mi_experiments.planning.group_count import LEAST, log_price, scale_bits
+from mi_experiments.planning.cost_key import cost_config
+from mi_experiments.planning.group_count import LEAST, log_cost, scale_bits
 from mi_experiments.planning.plan import plan_compression
 
 DENSE = ["sparsity=dense", "wbits.average=3", "dataset.batch_size=2", "n_groups.multiple=1",
@@ -29,24 +29,24 @@ def test_the_price_of_a_partition_is_what_the_best_widths_lose(seed: int) -> Non
         method="SLSQP", options={"ftol": 1e-14},
     )  # fmt: skip
     assert best.success
-    found = log_price(torch.from_numpy(costs), torch.from_numpy(sizes))
+    found = log_cost(torch.from_numpy(costs), torch.from_numpy(sizes))
     assert found == pytest.approx(math.log(best.fun), abs=1e-5)
 
 
 def test_equal_groups_are_worth_nothing_and_unequal_ones_are() -> None:
     """The mean is the same; Jensen's inequality is strict where the groups differ."""
     sizes = torch.tensor([64, 64])
-    equal = log_price(torch.tensor([3.0, 3.0]).double(), sizes)
-    assert equal == pytest.approx(log_price(torch.tensor([6.0]).double(), torch.tensor([128])))
-    assert log_price(torch.tensor([1.0, 5.0]).double(), sizes) < equal
+    equal = log_cost(torch.tensor([3.0, 3.0]).double(), sizes)
+    assert equal == pytest.approx(log_cost(torch.tensor([6.0]).double(), torch.tensor([128])))
+    assert log_cost(torch.tensor([1.0, 5.0]).double(), sizes) < equal
 
 
 def test_a_group_that_loses_nothing_does_not_pay_for_everything() -> None:
     sizes = torch.tensor([32, 32])
-    bounded = log_price(torch.tensor([0.0, 2.0]).double(), sizes)
+    bounded = log_cost(torch.tensor([0.0, 2.0]).double(), sizes)
     mean = 2 / 64
     assert bounded == pytest.approx((math.log(LEAST * mean) + math.log(2 / 32)) / 2)
-    assert log_price(torch.zeros(2).double(), sizes) == 0
+    assert log_cost(torch.zeros(2).double(), sizes) == 0
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_budget_is_met_whatever_the_groups(tiny_model, tiny_tokens) -> None:
 
 def test_budgets_share_their_drafts_and_scopes_do_not() -> None:
     """The groups do not depend on the budget, so that a sweep over budgets groups once."""
-    first, second = (drafting_config(config_of(*DENSE, f"wbits.average={a}")) for a in (3, 3.5))
+    first, second = (cost_config(config_of(*DENSE, f"wbits.average={a}")) for a in (3, 3.5))
     assert first.n_groups == second.n_groups
     assert first.n_groups.adaptive
-    assert not drafting_config(config_of(*DENSE, "wbits.scope=linear")).n_groups.adaptive
+    assert not cost_config(config_of(*DENSE, "wbits.scope=linear")).n_groups.adaptive

@@ -18,9 +18,9 @@ from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
 from mi_experiments.method.pruning import Sparsity, possible_parts
 from mi_experiments.persistence.atomic import save_atomically
-from mi_experiments.planning.costs import price_groups, price_pruning
+from mi_experiments.planning.costs import measure_group_costs, measure_pruning_costs
 from mi_experiments.planning.plan import Plan, plan_compression
-from mi_experiments.planning.site_costs import Draft, draft_block
+from mi_experiments.planning.site_costs import BlockCosts, measure_block_costs
 
 ROWS, COLUMNS, GROUPS = 6, 12, 3
 
@@ -43,7 +43,7 @@ def test_prices_are_those_of_a_plain_loop(
     config = config_of(f"wbits.cost={cost}", "wbits.widths=[2,4,16]", pruning)
     group = torch.tensor([0, 1, 2] * 4, dtype=torch.int32)
     loss = torch.rand(ROWS) + 0.5
-    prices = price_groups(weight, loss, group, hessian, factor, config)
+    costs = measure_group_costs(weight, loss, group, hessian, factor, config)
     damped = hessian.matrix + 0.1 * hessian.diagonal.mean() * torch.eye(COLUMNS)
     inverse = torch.linalg.inv(damped.double()).diagonal()
     score = weight.double().square() / inverse
@@ -63,12 +63,12 @@ def test_prices_are_those_of_a_plain_loop(
         for row in range(ROWS):
             for column in range(COLUMNS):
                 if pruned is None or not pruned[row, column]:
-                    price = float(felt[row]) * float(error[row, column]) ** 2 / inverse[column]
-                    expected[int(group[column]), place] += price
+                    cost = float(felt[row]) * float(error[row, column]) ** 2 / inverse[column]
+                    expected[int(group[column]), place] += cost
     if cost == "relative":
         expected /= float((weight @ hessian.matrix * weight).sum())
-    assert torch.allclose(prices.costs, expected, rtol=1e-4)
-    assert prices.sizes.tolist() == [4 * ROWS] * GROUPS
+    assert torch.allclose(costs.costs, expected, rtol=1e-4)
+    assert costs.sizes.tolist() == [4 * ROWS] * GROUPS
 
 
 def test_a_stored_plan_holds_groups_and_widths(tmp_path: Path, tiny_model, tiny_tokens) -> None:
@@ -108,7 +108,7 @@ def test_a_plan_is_read_back_as_the_value_it_was(
     made = plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
     again = Plan.read(*made.stored())
     assert same(again, made)
-    assert again.fingerprint() == made.fingerprint()
+    assert again.sha256() == made.sha256()
 
 
 @pytest.mark.parametrize("allocation", ["mixed", "uniform"])
@@ -119,8 +119,8 @@ def test_a_draft_is_read_back_as_the_value_it_was(allocation: str, tiny_model, t
     )  # fmt: skip
     walk = walk_blocks(tiny_model("llama"), tiny_tokens(4, 16), batch_size=2)
     for block in walk:
-        draft = draft_block(block, {}, True, config)
-        assert same(Draft.read(*draft.stored()), draft)
+        block_costs = measure_block_costs(block, {}, True, config)
+        assert same(BlockCosts.read(*block_costs.stored()), block_costs)
 
 
 def test_fisher_costs_weigh_linears_against_each_other(tiny_model, tiny_tokens) -> None:
@@ -149,7 +149,7 @@ def test_prices_of_pruning_are_those_of_a_plain_loop(
         "sparsity.ratio=0.4", "sparsity.spread=0.3", "recipe.order=natural",
     )  # fmt: skip
     loss = torch.rand(ROWS) + 0.5
-    prices = price_pruning(weight, loss, hessian, factor, config)
+    costs = measure_pruning_costs(weight, loss, hessian, factor, config)
     damped = hessian.matrix + 0.1 * hessian.diagonal.mean() * torch.eye(COLUMNS)
     inverse = torch.linalg.inv(damped.double()).diagonal()
     score = weight.double().square() / inverse
@@ -170,8 +170,8 @@ def test_prices_of_pruning_are_those_of_a_plain_loop(
             lost += sum(error * weighed for error, weighed in sorted(block)[:count])
         expected.append(lost)
     assert possible_parts(0.4, 0.3) == kept
-    assert torch.allclose(prices, torch.tensor(expected, dtype=torch.float64), rtol=1e-4)
-    assert (prices.diff() <= 0).all()
+    assert torch.allclose(costs, torch.tensor(expected, dtype=torch.float64), rtol=1e-4)
+    assert (costs.diff() <= 0).all()
 
 
 def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
@@ -201,10 +201,10 @@ def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
         assert round(report.sparsity * weights[name]) == count
         assert int((model.get_parameter(f"{name}.weight") == 0).sum()) >= count
     saved = Plan.read(*plan.stored())
-    assert saved.fingerprint() == plan.fingerprint()
+    assert saved.sha256() == plan.sha256()
     other = dataclasses.replace(plan.linears[name], sparsity=Sparsity(0.5))
     changed = dataclasses.replace(plan, linears=plan.linears | {name: other})
-    assert changed.fingerprint() != plan.fingerprint()
+    assert changed.sha256() != plan.sha256()
     short = dataclasses.replace(plan, sparsity=Sparsity(0.56))
     with pytest.raises(AuditError, match=r"a share of 0\.55\d* is pruned where 0\.56 were"):
         check_sparsity(list(reports.values()), short)
@@ -219,7 +219,7 @@ def test_an_even_share_is_the_plan_of_scope_linear(
         model, tokens, config_of("sparsity.scope=model", "sparsity.spread=0", "sparsity.ratio=0.5")
     )
     alike = config_of("sparsity.scope=linear", "sparsity.ratio=0.5")
-    assert even.fingerprint() == plan_compression(model, tokens, alike).fingerprint()
+    assert even.sha256() == plan_compression(model, tokens, alike).sha256()
 
 
 def test_windows_are_fixed_and_so_not_allocated() -> None:

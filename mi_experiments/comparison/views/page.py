@@ -26,8 +26,8 @@ def write_page(comparison: Comparison) -> str:
     data = 'JSON.parse(document.getElementById("data").textContent)'
     script = f'"use strict";\nconst DATA = {data};\n{body}'
     policy = (
-        f"default-src 'none'; style-src '{fingerprint(style)}'; "
-        f"script-src '{fingerprint(script)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src '{csp_hash(style)}'; "
+        f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'"
     )
     runs = len(comparison.details)
     parts = {
@@ -46,7 +46,7 @@ def read(name: str) -> str:
     return (files(__package__) / name).read_text()
 
 
-def fingerprint(text: str) -> str:
+def csp_hash(text: str) -> str:
     """Return the hash by which a page's policy names a script or style."""
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"

@@ -106,7 +106,7 @@ def draw_frontier(comparison: Comparison, text: object, loss: str) -> Figure | s
             [*stairs[loss], stairs[loss].iloc[-1]],
             where="post", color="#9aa5b0", linewidth=0.8, zorder=1, label="frontier",
         )  # fmt: skip
-    finish(figure, axes, comparison, looks, rows, loss)
+    save_plot(figure, axes, comparison, looks, rows, loss)
     return figure
 
 
@@ -131,7 +131,7 @@ def draw_calibration(comparison: Comparison, text: object, loss: str) -> Figure 
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(values, [show_value(value) for value in values])
-    finish(figure, axes, comparison, looks, rows, loss)
+    save_plot(figure, axes, comparison, looks, rows, loss)
     return figure
 
 
@@ -254,7 +254,7 @@ def look_of(comparison: Comparison, looks: dict[Any, Look], rows: pd.DataFrame) 
     return looks[value]
 
 
-def finish(
+def save_plot(
     figure: Figure,
     axes: Axes,
     comparison: Comparison,

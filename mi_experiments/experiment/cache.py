@@ -1,9 +1,9 @@
-"""Reuse across jobs: the dense model's perplexity, what the loss feels, and the drafts of a plan.
+"""What jobs share: the dense model's perplexity, Fisher information, and the site costs of a plan.
 
 Jobs of a sweep mostly agree in their model and their texts, and what follows from these alone is
-computed once and read by all others (`content_store`). A key holds everything that can move a bit:
-the model's files, how and on what it runs, the versions of the libraries, the source of this
-package, and of the config what `drafting` lets the computation read. So a value that was read is
+computed once and read by all others (`persistence.cache`). A key holds everything that can move a
+bit: the model's files, how and on what it runs, the versions of the libraries, the source of this
+package, and of the config what `cost_key` lets the computation read. So a value that was read is
 the one that would have been computed; the record says which were, so that times are not misread.
 
 Where memory was short, sums were taken in another order: such values stay with their run.
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_experiments.calibration.hessians import FISHER, LOSS_FIELDS
+from mi_experiments.calibration.hessians import FISHER, FISHER_FIELDS
 from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config, measures_loss, needs_activations
 from mi_experiments.config.identity import NUMERICS_VERSION
@@ -42,8 +42,8 @@ from mi_experiments.persistence.cache import (
     write_entry,
 )
 from mi_experiments.persistence.commits import Commits
-from mi_experiments.planning.cost_key import drafting_config
-from mi_experiments.planning.site_costs import draft_name
+from mi_experiments.planning.cost_key import cost_config
+from mi_experiments.planning.site_costs import block_costs_name
 from mi_experiments.records.recorder import Recorder
 from mi_experiments.records.result import Provenance
 from mi_experiments.texts.windows import token_hash
@@ -137,7 +137,7 @@ def perplexity_key(
 
 
 @dataclass
-class Claim:
+class Entry:
     """An entry that was found, or else the right to write it, which others wait for until `close`.
 
     Attributes:
@@ -159,7 +159,7 @@ class Claim:
         self.lock.close()
 
 
-class Reuse:
+class RunCache:
     """What one job computes for all, and reads of what others have computed.
 
     Args:
@@ -205,14 +205,14 @@ class Reuse:
         key = perplexity_key(
             self.computed, windows, evaluation.batch_tokens, evaluation.logits_chunk, wave_tokens
         )
-        claim = self.claim(key, "evaluate dense", name)
-        with claim.lock:
-            if claim.found is not None:
-                return Perplexity(**json.loads(claim.found[1]["perplexity"]))
+        entry = self.entry(key, "evaluate dense", name)
+        with entry.lock:
+            if entry.found is not None:
+                return Perplexity(**json.loads(entry.found[1]["perplexity"]))
             with count_retries() as retries:
                 measured = compute()
-            entry: Content = ({}, {"perplexity": json.dumps(asdict(measured))})
-            claim.close(None if retries.count else entry)
+            content: Content = ({}, {"perplexity": json.dumps(asdict(measured))})
+            entry.close(None if retries.count else content)
         return measured
 
     @contextmanager
@@ -226,35 +226,35 @@ class Reuse:
             calibration: token ids.
             blocks: number of blocks of the model.
         """
-        claims: dict[str, Claim] = {}
+        entries: dict[str, Entry] = {}
 
         def share() -> None:
-            for name in [name for name in claims if name in commits.files]:
+            for name in [name for name in entries if name in commits.files]:
                 short = self.recorder.earlier_retries + self.recorder.retries.count
-                claims.pop(name).close(None if short else commits.read_tensors(name))
+                entries.pop(name).close(None if short else commits.read_tensors(name))
 
         try:
             if self.config.reuse and needs_activations(self.config):
-                self.fetch(commits, calibration, blocks, claims)
+                self.fetch(commits, calibration, blocks, entries)
             yield share
         finally:
-            for claim in claims.values():
-                claim.close()
+            for entry in entries.values():
+                entry.close()
 
     def fetch(
         self,
         commits: Commits,
         calibration: Int[Tensor, "nsamples seqlen"],
         blocks: int,
-        claims: dict[str, Claim],
+        entries: dict[str, Entry],
     ) -> None:
-        """Commit what is known of a plan, and add the claims on what is not, by name."""
-        drafting = drafting_config(self.config)
-        for name in map(draft_name, range(blocks)):
-            self.fetch_part(commits, name, drafting, calibration, claims)
-        if claims and measures_loss(drafting):
-            felt = calibration[: drafting.wbits.fisher_samples]
-            self.fetch_part(commits, FISHER, narrow(drafting, LOSS_FIELDS), felt, claims)
+        """Commit what is known of a plan, and add the locked entries of what is not, by name."""
+        narrowed = cost_config(self.config)
+        for name in map(block_costs_name, range(blocks)):
+            self.fetch_part(commits, name, narrowed, calibration, entries)
+        if entries and measures_loss(narrowed):
+            sequences = calibration[: narrowed.wbits.fisher_samples]
+            self.fetch_part(commits, FISHER, narrow(narrowed, FISHER_FIELDS), sequences, entries)
 
     def fetch_part(
         self,
@@ -262,9 +262,9 @@ class Reuse:
         name: str,
         config: Config,
         calibration: Int[Tensor, "nsamples seqlen"],
-        claims: dict[str, Claim],
+        entries: dict[str, Entry],
     ) -> None:
-        """Commit one part of a plan if it is known; else add the claim on it."""
+        """Commit one part of a plan if it is known; else add its locked entry."""
         if commits.find(name) is not None:
             return
         key = {
@@ -273,23 +273,23 @@ class Reuse:
             "config": to_plain(config),
             "calibration": token_hash(calibration),
         }
-        claim = self.claim(content_key(key), "plan", name.partition(".")[0])
-        if claim.found is None:
-            claims[name] = claim
+        entry = self.entry(content_key(key), "plan", name.partition(".")[0])
+        if entry.found is None:
+            entries[name] = entry
         else:
-            commits.commit({name: claim.found})
+            commits.commit({name: entry.found})
 
-    def claim(self, key: str, phase: str, name: str) -> Claim:
+    def entry(self, key: str, phase: str, name: str) -> Entry:
         """Read an entry, or take its lock; what another job computes is waited for, and read."""
         path = results_directory() / f"{key}.safetensors"
-        claim = Claim(path, read_entry(path))
-        if claim.found is None:
-            claim.writable = claim.lock.enter_context(
+        entry = Entry(path, read_entry(path))
+        if entry.found is None:
+            entry.writable = entry.lock.enter_context(
                 locked(path, lambda: self.say(f"{name}: waiting for another job"), self.check)
             )
             # Somebody else may have written it while this process waited.
-            claim.found = read_entry(path)
-        if claim.found is not None:
-            claim.close()
+            entry.found = read_entry(path)
+        if entry.found is not None:
+            entry.close()
             self.recorder.note_reused(phase, name)
-        return claim
+        return entry

@@ -18,9 +18,9 @@ from hydra import compose, initialize_config_dir
 
 from mi_experiments.calibration import hessians
 from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.experiment import phases, reuse
+from mi_experiments.experiment import phases
+from mi_experiments.experiment.cache import computed_by, perplexity_key, results_directory
 from mi_experiments.experiment.progress import Progress
-from mi_experiments.experiment.reuse import computed_by, perplexity_key, results_directory
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.llm.loading import content_hash, open_model
 from mi_experiments.out_of_memory import note_retry
@@ -80,7 +80,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         monkeypatch.setattr(module, name, counting)
 
     count(phases, "measure_perplexity")
-    count(plan, "draft_block")
+    count(plan, "measure_block_costs")
     count(hessians, "measure_fisher")
     return counts
 
@@ -100,7 +100,7 @@ def numbers(directory: Path) -> dict[str, Any]:
 
 
 def parts(*indices: int) -> list[str]:
-    return [f"drafts/{index:05}" for index in indices]
+    return [f"site_costs/{index:05}" for index in indices]
 
 
 def test_a_budget_sweep_drafts_once_and_gets_the_same_bits(
@@ -113,11 +113,11 @@ def test_a_budget_sweep_drafts_once_and_gets_the_same_bits(
         assert result.reused == ({} if index == 0 else everything)
         assert read_result(tmp_path / f"shared {index}").reused == result.reused
     # Each job evaluates its compressed model itself.
-    assert work == {"draft_block": BLOCKS, "measure_perplexity": 1 + len(budgets)}
+    assert work == {"measure_block_costs": BLOCKS, "measure_perplexity": 1 + len(budgets)}
     for index, budget in enumerate(budgets):
         assert run(f"alone {index}", budget, "reuse=false").reused == {}
         assert numbers(tmp_path / f"shared {index}") == numbers(tmp_path / f"alone {index}")
-    assert work["draft_block"] == BLOCKS * (1 + len(budgets))
+    assert work["measure_block_costs"] == BLOCKS * (1 + len(budgets))
 
 
 def test_what_the_loss_feels_is_shared_by_jobs_that_group_differently(
@@ -125,9 +125,9 @@ def test_what_the_loss_feels_is_shared_by_jobs_that_group_differently(
 ) -> None:
     run("first", *FISHER)
     second = run("second", *FISHER, "n_groups=random")
-    assert second.reused["plan"] == ["drafts/fisher"]
+    assert second.reused["plan"] == ["site_costs/fisher"]
     assert work["measure_fisher"] == 1
-    assert work["draft_block"] == 2 * BLOCKS
+    assert work["measure_block_costs"] == 2 * BLOCKS
     third = run("third", *FISHER, "n_groups=random", "wbits.average=3")
     assert third.reused["plan"] == parts(*range(BLOCKS))
     for name, choice in {"second": "wbits.average=4", "third": "wbits.average=3"}.items():
@@ -163,7 +163,7 @@ def test_a_damaged_entry_is_named_and_computed_again(
     work.clear()
     with caplog.at_level(logging.WARNING):
         assert run("second", "wbits.average=3").reused == {}
-    assert work == {"draft_block": BLOCKS, "measure_perplexity": 2}
+    assert work == {"measure_block_costs": BLOCKS, "measure_perplexity": 2}
     for path, content in sound.items():
         assert any(str(path) in line and "damaged" in line for line in caplog.messages)
         assert path.read_bytes() == content
@@ -176,7 +176,7 @@ def test_what_was_summed_in_pieces_is_not_shared(
     run: Callable[..., Result], work: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory was short, the order of sums is another one."""
-    for module, name in ((phases, "measure_perplexity"), (plan, "draft_block")):
+    for module, name in ((phases, "measure_perplexity"), (plan, "measure_block_costs")):
         real = getattr(module, name)
 
         def short(*arguments: Any, real: Any = real, **options: Any) -> Any:
@@ -246,12 +246,12 @@ def test_two_jobs_at_once_compute_every_part_once(
 STUCK = """
 import time
 from mi_experiments import plan
-real = plan.draft_block
-def draft_block(block, *rest):
+real = plan.measure_block_costs
+def measure_block_costs(block, *rest):
     if block.index == 1:
         time.sleep(600)
     return real(block, *rest)
-plan.draft_block = draft_block
+plan.measure_block_costs = measure_block_costs
 """
 
 
@@ -261,14 +261,14 @@ def test_a_job_goes_on_where_a_killed_one_held_the_lock(
     holder = start(arguments, f"hydra.run.dir={tmp_path / 'holder'}", before=STUCK)
     waiting: list[subprocess.Popen[str]] = [holder]
     try:
-        drafted = tmp_path / "holder" / "drafts" / "00000.safetensors"
-        while not drafted.exists() or len(list(results_directory().glob("*.safetensors"))) < 2:
+        stored = tmp_path / "holder" / "site_costs" / "00000.safetensors"
+        while not stored.exists() or len(list(results_directory().glob("*.safetensors"))) < 2:
             assert holder.poll() is None, holder.communicate()[0]
             time.sleep(0.05)
         waiter = start(arguments, f"hydra.run.dir={tmp_path / 'waiter'}", "wbits.average=3")
         waiting.append(waiter)
         log = tmp_path / "waiter" / "run.log"
-        await_line(log, "drafts/00001: waiting for another job", waiter)
+        await_line(log, "site_costs/00001: waiting for another job", waiter)
         holder.send_signal(signal.SIGKILL)
         out, _ = waiter.communicate(timeout=300)
         assert waiter.returncode == 0, out
@@ -286,7 +286,7 @@ def test_a_job_that_waits_can_be_stopped(arguments: list[str], tmp_path: Path) -
     holder = start(arguments, f"hydra.run.dir={tmp_path / 'holder'}", before=STUCK)
     waiting: list[subprocess.Popen[str]] = [holder]
     try:
-        while not (tmp_path / "holder" / "drafts" / "00000.safetensors").exists():
+        while not (tmp_path / "holder" / "site_costs" / "00000.safetensors").exists():
             assert holder.poll() is None, holder.communicate()[0]
             time.sleep(0.05)
         waiter = start(arguments, f"hydra.run.dir={tmp_path / 'waiter'}", "wbits.average=3")
@@ -359,9 +359,9 @@ def test_the_key_has_everything_that_the_dense_models_numbers_follow(
         key(model_files=files | {"model.safetensors": "0" * 64}),
     ]
     for module, name, value in (
-        (reuse, "source_hash", lambda: "0" * 64),
-        (reuse, "processor", lambda: ["AVX512", "another one"]),
-        (reuse, "NUMERICS_VERSION", 10**6),
+        (cache, "source_hash", lambda: "0" * 64),
+        (cache, "processor", lambda: ["AVX512", "another one"]),
+        (cache, "NUMERICS_VERSION", 10**6),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, value)
@@ -387,9 +387,9 @@ def test_a_weight_of_the_model_and_a_line_of_the_code_change_the_hashes(
     def hash_of(line: str) -> str:
         (tmp_path / "package" / "llm").mkdir(parents=True, exist_ok=True)
         (tmp_path / "package" / "llm" / "module.py").write_text(line)
-        place = tmp_path / "package" / "experiment" / "reuse.py"
-        monkeypatch.setattr(reuse, "__file__", str(place))
-        return reuse.source_hash.__wrapped__()
+        place = tmp_path / "package" / "experiment" / "cache.py"
+        monkeypatch.setattr(cache, "__file__", str(place))
+        return cache.source_hash.__wrapped__()
 
     assert hash_of("x = 1") == hash_of("x = 1") != hash_of("x = 2")
 
