@@ -98,7 +98,7 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
 
         return plan_compression(dense, tokens, config, stop, commits=Commits(tmp_path, {}))
 
-    # In the middle of it nothing is kept; after it, and after the first block with costs, everything.
+    # In the middle of it nothing is kept; after it, and after the costs of a block, everything.
     for stop_at, times in ((2, 1), (2 + 5, 2)):
         with pytest.raises(ResumableError):
             plan(stop_at)

@@ -504,7 +504,7 @@ def test_no_block_is_replayed_when_all_are_finished(place: Place) -> None:
     assert ended.counts["passes"] == BLOCKS
 
 
-def test_a_damaged_draft_is_measured_again(place: Place) -> None:
+def test_damaged_costs_are_measured_again(place: Place) -> None:
     run_dir = place.fresh()
     assert place.run(send=[["site_costs", 2, "SIGKILL"]]).code == -signal.SIGKILL
     flip(run_dir / "site_costs" / "00000.safetensors")

@@ -103,7 +103,7 @@ def parts(*indices: int) -> list[str]:
     return [f"site_costs/{index:05}" for index in indices]
 
 
-def test_a_budget_sweep_drafts_once_and_gets_the_same_bits(
+def test_a_budget_sweep_measures_costs_once_and_gets_the_same_bits(
     run: Callable[..., Result], work: dict[str, int], tmp_path: Path
 ) -> None:
     budgets = ("wbits.average=4", "wbits.average=2.5", "wbits.scope=site", "wbits.widths=[2,8]")

@@ -70,7 +70,7 @@ def measured_costs(
 ) -> Callable[..., list[BlockCosts]]:
     """Give the site costs that a plan is made of."""
 
-    def drafts_of(*overrides: str) -> list[BlockCosts]:
+    def costs_of(*overrides: str) -> list[BlockCosts]:
         found: list[BlockCosts] = []
         real = plan.measure_block_costs
 
@@ -83,7 +83,7 @@ def measured_costs(
             plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config_of(*overrides))
         return found
 
-    return drafts_of
+    return costs_of
 
 
 def bits_of(all_costs: list[BlockCosts]) -> list[Any]:
@@ -143,15 +143,15 @@ OTHER = [
 
 
 @pytest.mark.parametrize("overrides", SAME, ids=" ".join)
-def test_what_drafting_does_not_read_is_neither_in_the_key_nor_in_the_drafts(
+def test_what_site_costs_do_not_depend_on_is_in_neither_the_key_nor_the_costs(
     measured_costs: Callable[..., list[BlockCosts]], overrides: list[str]
 ) -> None:
     assert key_of(*overrides) == key_of()
-    assert bits_of(measured_costs(*overrides)) == bits_of(drafted())
+    assert bits_of(measured_costs(*overrides)) == bits_of(measured_costs())
 
 
 @pytest.mark.parametrize("overrides", OTHER, ids=" ".join)
-def test_what_drafting_reads_is_in_the_key(overrides: list[str]) -> None:
+def test_what_site_costs_depend_on_is_in_the_key(overrides: list[str]) -> None:
     assert key_of(*overrides) != key_of()
 
 
@@ -185,7 +185,7 @@ def test_what_the_loss_feels_follows_from_its_own_fields() -> None:
 
 
 @pytest.mark.parametrize("overrides", [(), FISHER, ("wbits=uniform",)])
-def test_whoever_drafts_can_read_nothing_else(
+def test_site_costs_can_read_no_other_field(
     tiny_model: Callable[..., Any],
     tiny_tokens: Callable[..., torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,

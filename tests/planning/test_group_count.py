@@ -119,7 +119,7 @@ def test_the_budget_is_met_whatever_the_groups(tiny_model, tiny_tokens) -> None:
         assert average * weights - smallest < bits <= average * weights
 
 
-def test_budgets_share_their_drafts_and_scopes_do_not() -> None:
+def test_budgets_share_their_site_costs_and_scopes_do_not() -> None:
     """The groups do not depend on the budget, so that a sweep over budgets groups once."""
     first, second = (cost_config(config_of(*DENSE, f"wbits.average={a}")) for a in (3, 3.5))
     assert first.n_groups == second.n_groups
