@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: run test test-slurm check format lint types clean
+.PHONY: run test test-slurm check format lint types reference clean
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,10 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/mypy
+
+# The page of every key, from the dataclasses and conf/; a test says when it is to be made again.
+reference: $(VENV)/installed
+	$(BIN)/python -m mi_experiments.config.reference > docs/configuration.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

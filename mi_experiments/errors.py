@@ -2,6 +2,7 @@
 
 MiError
 ├── InputError        something the user gave cannot be used; exit code 2
+│   └── ValueRefused      a value is out of its range
 ├── NumericalError    the mathematics failed on real numbers; exit code 3
 │   └── SingularError     a Hessian is not positive definite
 ├── AuditError        a compressed linear is not what was promised; exit code 4
@@ -21,6 +22,20 @@ class InputError(MiError):
     """The configuration, a file or a dataset cannot be used as given."""
 
     exit_code = 2
+
+
+class ValueRefused(InputError, ValueError):
+    """A value of the configuration is out of its range.
+
+    Attributes:
+        key: whose value it is, from where the check is made.
+        rest: the value, and what is allowed.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str) -> None:
+        self.key = key
+        self.rest = f"={as_typed(value)} is not allowed: {allowed}"
+        super().__init__(key + self.rest)
 
 
 class NumericalError(MiError):
@@ -56,6 +71,17 @@ class MemoryShortage(ResumableError):
 
 
 def require(key: str, value: object, holds: bool, allowed: str) -> None:
-    """Raise the one line that a person needs when a value is out of its range."""
+    """Raise the one line that a person needs when a value is out of its range.
+
+    Raises:
+        ValueRefused: it is.
+    """
     if not holds:
-        raise InputError(f"{key}={value} is not allowed: {allowed}")
+        raise ValueRefused(key, value, allowed)
+
+
+def as_typed(value: object) -> str:
+    """Write a value as on the command line."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(getattr(value, "name", value))

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.fisher import measure_fisher
 from mi_experiments.calibration.scarce_experts import feed_all_tokens
-from mi_experiments.config.config import Config, measures_loss
-from mi_experiments.config.method import ScarceTokens
+from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
+from mi_experiments.config.recipe import ScarceTokens
 from mi_experiments.errors import MiError, NumericalError
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import Block
@@ -235,7 +235,7 @@ def measure_plan_fisher(
         commits: keep the result, and give it back.
         on_block: called with the name of each block, forward and backward.
     """
-    if not measures_loss(config):
+    if not config.uses_fisher:
         return {}
     config = narrow(config, FISHER_FIELDS)
     if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:

@@ -12,7 +12,7 @@ from mi_experiments.calibration.hessians import (
     measure_scarce,
 )
 from mi_experiments.config.config import Config
-from mi_experiments.config.method import ScarceTokens
+from mi_experiments.config.recipe import ScarceTokens
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.hessian import Hessian

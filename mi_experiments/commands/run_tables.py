@@ -78,9 +78,9 @@ def budget_table(result: Result) -> Table:
         table.add_row("left out", f"{len(result.dropped)} calibration samples, not finite")
     if result.retries:
         table.add_row("memory short", f"{result.retries} times: done again in smaller pieces")
-    if result.reused:
-        parts = ", ".join(f"{phase} {len(names)}" for phase, names in result.reused.items())
-        table.add_row("reused", f"{parts}: read, computed by another job")
+    if result.from_cache:
+        parts = ", ".join(f"{phase} {len(names)}" for phase, names in result.from_cache.items())
+        table.add_row("from cache", f"{parts}: read, computed by another job")
     table.add_row("peak memory", f"{max(result.memory.values()) / 1e9:.2f} GB")
     phases = ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
     table.add_row("time", f"{sum(result.seconds.values()):.1f} s  ({phases})")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from mi_experiments.config.renames import KEYS
 from mi_experiments.errors import InputError
 from mi_experiments.records.result import RESULT, Result, read_result
 
@@ -164,6 +165,8 @@ def find_column(frame: pd.DataFrame, name: str) -> str:
     column = SYNONYMS.get(name, name)
     if column in frame:
         return column
+    if column in KEYS:
+        raise InputError(f"column {column} is called {KEYS[column]} now")
     near = difflib.get_close_matches(name, [*frame.columns, *SYNONYMS], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     some = ", ".join(frame.columns[:20])

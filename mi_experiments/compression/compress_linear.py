@@ -13,20 +13,15 @@ from torch import Tensor
 
 from mi_experiments.compression.factorize_site import SiteStatistics, fill_dead
 from mi_experiments.config.config import Config
-from mi_experiments.config.method import (
-    UNQUANTIZED,
-    DeadChannels,
-    GridFit,
-    WindowChoice,
-)
+from mi_experiments.config.recipe import DeadChannels, GridFit, WindowChoice
 from mi_experiments.method.damping import damp
 from mi_experiments.method.gptq_groups import sweep_and_fit
-from mi_experiments.method.grid import Grid, fit_grid
+from mi_experiments.method.grid import UNQUANTIZED, Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.refine import refine
 from mi_experiments.method.sparsegpt import Swept, sweep
-from mi_experiments.method.targets import Drift, choose_input_share, correct_target
+from mi_experiments.method.targets import Drift, choose_input_correction, correct_target
 from mi_experiments.planning.plan import LinearPlan
 
 
@@ -84,15 +79,15 @@ def aim(
     """Return the matrix to compress: the original, or what restores the dense model's results."""
     if drift is None:
         return original
-    input_share = config.recipe.input_share
-    if input_share is None:
-        input_share = choose_input_share(hessian.tokens, len(hessian.diagonal))
+    input_correction = config.recipe.input_correction
+    if input_correction is None:
+        input_correction = choose_input_correction(hessian.tokens, len(hessian.diagonal))
     return correct_target(
         original,
         factor,
         drift,
-        input_share=input_share,
-        residual_share=config.recipe.residual_share,
+        input_correction=input_correction,
+        residual_correction=config.recipe.residual_correction,
     )
 
 
@@ -170,7 +165,7 @@ def solve(
     if not quantized:
         return run(sparsity=pruning), None
     several = bool(linear_plan.scale_group.any())
-    if recipe.grid_fit is GridFit.reached and several:
+    if recipe.grid_fit is GridFit.dynamic and several:
         swept, grid = sweep_and_fit(
             alive,
             factor,
@@ -183,8 +178,8 @@ def solve(
             selection=recipe.selection,
             block=block,
         )
-    elif pruning is None or recipe.grid_fit is not GridFit.survivors:
-        seen = alive if recipe.grid_fit is GridFit.survivors else weight
+    elif pruning is None or recipe.grid_fit is not GridFit.compensated:
+        seen = alive if recipe.grid_fit is GridFit.compensated else weight
         grid = fit(seen, linear_plan, config)
         swept = run(grid=grid, sparsity=pruning)
     else:
@@ -200,7 +195,7 @@ def solve(
 
 def pattern_block(columns: int, sparsity: Sparsity, config: Config) -> int:
     """Return how many sweep positions choose their pruned weights together."""
-    if sparsity.is_structured and config.recipe.window_choice is WindowChoice.reached:
+    if sparsity.is_structured and config.recipe.window_choice is WindowChoice.dynamic:
         return sparsity.m
     return config.sparsity.mask_block_of(columns)
 

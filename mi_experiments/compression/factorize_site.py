@@ -12,7 +12,7 @@ from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.hessians import site_context
 from mi_experiments.calibration.measure_sites import Measured, measure_sites
 from mi_experiments.config.config import Config
-from mi_experiments.config.method import OnSingular
+from mi_experiments.config.recipe import OnSingular
 from mi_experiments.errors import SingularError
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site

@@ -28,7 +28,7 @@ from mi_experiments.compression.factorize_site import (
     SiteStatistics,
     measure_statistics,
 )
-from mi_experiments.config.config import Config, corrects_targets
+from mi_experiments.config.config import Config
 from mi_experiments.config.method import Scope
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import walk_blocks
@@ -146,7 +146,7 @@ def compress_model(
     )
     dense: Stream | None = None
     for block in walk:
-        pair = DensePair.open(block, dense) if corrects_targets(config) else None
+        pair = DensePair.open(block, dense) if config.needs_dense_pair else None
         if not restore(block.index):
             check_weights(block.linears)
             linears = []

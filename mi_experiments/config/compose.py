@@ -3,16 +3,21 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
 from enum import Enum
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mi_experiments.config.config import Config
-from mi_experiments.errors import InputError
+from mi_experiments.config.fields import allowed, fields_below, hint_at
+from mi_experiments.config.renames import KEYS, refuse_old_names
+from mi_experiments.errors import InputError, ValueRefused
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 def from_hydra(composed: DictConfig) -> Config:
@@ -23,13 +28,46 @@ def from_hydra(composed: DictConfig) -> Config:
     """
     refuse_targets(composed)
     plain = OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
+    said = OmegaConf.to_container(plain)
+    assert isinstance(said, dict)
+    refuse_old_names({str(key): value for key, value in said.items()})
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        config = OmegaConf.to_object(merged)
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(explain(error)) from error
-    assert isinstance(config, Config)
-    return config
+    return check(values)
+
+
+def check(values: Any) -> Config:
+    """Turn values of the right types into a `Config`, if they are in their ranges.
+
+    Raises:
+        InputError: one is not; the line names its key, the value and what is allowed.
+    """
+    # Imported late: what needs no config, as --help, starts without it.
+    from pydantic import ValidationError
+
+    try:
+        return checker().validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = [str(name) for name in first["loc"] if isinstance(name, str)]
+        refused = first.get("ctx", {}).get("error")
+        if isinstance(refused, ValueRefused):
+            line = ".".join([*place, refused.key]) + refused.rest
+        else:
+            said = allowed(hint_at(Config, first["loc"])) or first["msg"]
+            line = str(ValueRefused(".".join(place), first["input"], said))
+        raise InputError(line) from error
+
+
+@cache
+def checker() -> "TypeAdapter[Config]":
+    """Return what checks the fields of a config, one inside another, against their ranges."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Config)
 
 
 def to_plain(config: Config) -> dict[str, Any]:
@@ -82,23 +120,14 @@ def explain(error: Exception) -> str:
 
 def unknown_key(key: str) -> str:
     """Name an unknown key, its nearest known neighbour, and its known siblings."""
+    if key in KEYS:
+        return f"{key} is called {KEYS[key]} now: write {KEYS[key]}=VALUE"
     *parents, last = key.split(".")
-    known = list(children(parents))
+    known = [name for name, _ in fields_below(hint_at(Config, parents))]
     near = difflib.get_close_matches(last, known, n=1)
     hint = f"; did you mean {'.'.join([*parents, near[0]])}?" if near else ""
     place = ".".join(parents) or "the config"
     return f"unknown key {key}{hint} ({place} has: {', '.join(known)})"
-
-
-def children(parents: Iterable[str]) -> Iterable[str]:
-    """Names of the keys below a path of the schema."""
-    node: Any = Config
-    for name in parents:
-        if dataclasses.is_dataclass(node):
-            node = {field.name: field.type for field in dataclasses.fields(node)}.get(name)
-        else:  # a dictionary: whatever the key, its value is of the last type that it names
-            node = next(reversed(get_args(node)), None)
-    return [f.name for f in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
 
 
 def conf_directory() -> str:

@@ -7,30 +7,28 @@ does not fit is an `InputError` of one line that names the key, the value and wh
 import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
+
+from annotated_types import Ge, Gt, Predicate
 
 from mi_experiments.config.expected import ExpectedConfig
+from mi_experiments.config.fields import About
 from mi_experiments.config.method import (
     Allocation,
     Cost,
     NGroupsConfig,
-    RecipeConfig,
     Scope,
     SparsityConfig,
     WbitsConfig,
 )
+from mi_experiments.config.recipe import RecipeConfig
 from mi_experiments.config.texts import (
     DatasetConfig,
     EvaluationConfig,
     HubCorpusConfig,
     check_texts,
 )
-from mi_experiments.errors import require
 from mi_experiments.llm.activations import Place
-from mi_experiments.method.grouping import Grouping
-from mi_experiments.method.pruning import Sparsity
-
-UNMEASURED = (Grouping.contiguous, Grouping.random)
-"""Groupings that need no activations."""
 
 
 class Dtype(Enum):
@@ -52,7 +50,10 @@ class TrackingMode(Enum):
 
 
 class Export(Enum):
-    """What is written of the compressed model."""
+    """What is written of the compressed model.
+
+    `dense`: the model and its grids. `packed`: its bits, exactly.
+    """
 
     nothing = "nothing"
     dense = "dense"
@@ -63,63 +64,63 @@ class Export(Enum):
 class ModelConfig:
     """A causal language model in Hugging Face format."""
 
-    name: str
-    path: str
-    revision: str | None
-    dtype: Dtype
-    device: str
-    attention: str
-    seqlen: int
-    blocks: str | None
-    ignore: list[str]
-    offline: bool
-    allow_float16: bool
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require(
-            "model.path", self.path, bool(self.path.strip()), "a directory or a hub id org/name"
-        )
-        require("model.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
-        allowed = ("auto", "cpu", "cuda")
-        named = self.device in allowed or bool(re.fullmatch(r"cuda:\d+", self.device))
-        require("model.device", self.device, named, "auto, cpu, cuda or cuda:N")
-        attentions = ("auto", "eager", "sdpa")
-        known = self.attention in attentions
-        require("model.attention", self.attention, known, "auto, eager or sdpa")
+    name: Annotated[str, About("what the model is called in records and tables")]
+    path: Annotated[
+        str,
+        Predicate(str.strip),
+        About(
+            "a directory with config.json, *.safetensors and a tokenizer, or a hub id",
+            allowed="a directory or a hub id org/name",
+        ),
+    ]
+    revision: Annotated[str | None, About("branch, tag or commit on the hub; null for a directory")]
+    dtype: Annotated[Dtype, About("number format in which the model runs; auto: as stored")]
+    device: Annotated[
+        str,
+        Predicate(re.compile(r"auto|cpu|cuda(:\d+)?").fullmatch),
+        About("auto: cuda where there is one, else cpu", allowed="auto, cpu, cuda or cuda:N"),
+    ]
+    attention: Annotated[
+        str,
+        Predicate(("auto", "eager", "sdpa").__contains__),
+        About("auto: sdpa where the model has it", allowed="auto, eager or sdpa"),
+    ]
+    seqlen: Annotated[
+        int, Ge(2), About("tokens in a sequence, for calibration and evaluation", unit="tokens")
+    ]
+    blocks: Annotated[
+        str | None, About("path of the list of decoder blocks, where it is not found by itself")
+    ]
+    ignore: Annotated[list[str], About("name patterns of block weights to leave alone")]
+    offline: Annotated[bool, About("never ask the hub")]
+    allow_float16: Annotated[bool, About("run a bfloat16 checkpoint in float16 all the same")]
 
 
 @dataclass
 class TrackingConfig:
     """Weights & Biases."""
 
-    mode: TrackingMode
-    project: str
-    entity: str | None
-    tags: list[str]
-    init_timeout: int
-    finish_timeout: int
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for key in ("init_timeout", "finish_timeout"):
-            seconds = getattr(self, key)
-            require(f"tracking.{key}", seconds, seconds >= 1, "seconds >= 1")
+    mode: Annotated[TrackingMode, About("where records go; never a prompt")]
+    project: Annotated[str, About("its name there")]
+    entity: Annotated[str | None, About("user or team; null: that of the key")]
+    tags: Annotated[list[str], About("of every run")]
+    init_timeout: Annotated[
+        int, Ge(1), About("how long to wait for the server before going offline", unit="second")
+    ]
+    finish_timeout: Annotated[
+        int, Ge(1), About("how long to wait at the end for the last records", unit="second")
+    ]
 
 
 @dataclass
 class MemoryConfig:
     """Where things live while a run goes on; the memory plan fills in what is not said."""
 
-    activations: Place
-    accelerator: float | None
-    host: float | None
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for key in ("accelerator", "host"):
-            size = getattr(self, key)
-            require(f"memory.{key}", size, size is None or size > 0, "a size in GiB, or null")
+    activations: Annotated[Place, About("where hidden states live between blocks")]
+    accelerator: Annotated[
+        float | None, Gt(0), About("to plan for; null: what is free", unit="GiB")
+    ]
+    host: Annotated[float | None, Gt(0), About("to plan for; null: what is free", unit="GiB")]
 
 
 @dataclass
@@ -135,13 +136,18 @@ class Config:
     evaluation: EvaluationConfig
     tracking: TrackingConfig
     memory: MemoryConfig
-    corpora: dict[str, HubCorpusConfig]
-    seed: int
-    export: Export
-    reuse: bool
-    dry_run: bool
-    resume: str | None
-    expected: ExpectedConfig | None
+    corpora: Annotated[dict[str, HubCorpusConfig], About("published corpora, by name")]
+    seed: Annotated[int, About("the dataset and the grouping draw from it")]
+    export: Annotated[Export, About("what is written of the compressed model")]
+    cache: Annotated[
+        bool, About("read what another job has computed: tokens, dense perplexity, parts of plans")
+    ]
+    dry_run: Annotated[bool, About("print what would be done, compute nothing")]
+    resume: Annotated[str | None, About("a run directory: continue what was stopped there")]
+    expected: Annotated[
+        ExpectedConfig | None,
+        About("what the run should give, with tolerance, reason and source"),
+    ]
 
     @property
     def bit_scope(self) -> Scope:
@@ -156,35 +162,29 @@ class Config:
         mixed = self.wbits.allocation is Allocation.mixed
         return self.n_groups.adaptive and mixed and self.bit_scope is Scope.model
 
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the plan depends on what the channels carry."""
+        grouped = self.n_groups.grouping.needs_activations and self.n_groups.count > 1
+        mixed = self.wbits.allocation is Allocation.mixed
+        return grouped or mixed or self.sparsity.allocated
+
+    @property
+    def uses_fisher(self) -> bool:
+        """Whether bits or pruned weights are spent by the Fisher information of the outputs."""
+        mixed = self.wbits.allocation is Allocation.mixed and self.wbits.cost is Cost.fisher
+        return mixed or (self.sparsity.allocated and self.sparsity.cost is Cost.fisher)
+
+    @property
+    def needs_dense_pair(self) -> bool:
+        """Whether sweeps aim at the dense model, which then runs along block by block."""
+        return self.recipe.input_correction != 0 or self.recipe.residual_correction != 0
+
+    @property
+    def has_safety_net(self) -> bool:
+        """Whether the model is compressed twice: by its mixed plan, and with uniform widths."""
+        return self.recipe.safety_net and self.wbits.allocation is Allocation.mixed
+
     def __post_init__(self) -> None:
         """Check what the parts say of each other."""
         check_texts(self.corpora, self.dataset, self.evaluation)
-
-
-def corrects_targets(config: Config) -> bool:
-    """Say whether sweeps aim at the dense model, which then runs along block by block."""
-    return config.recipe.input_share != 0 or config.recipe.residual_share != 0
-
-
-def measures_loss(config: Config) -> bool:
-    """Say whether bits or pruned weights are spent by Fisher information."""
-    wbits, sparsity = config.wbits, config.sparsity
-    mixed = wbits.allocation is Allocation.mixed and wbits.cost is Cost.fisher
-    return mixed or (sparsity.allocated and sparsity.cost is Cost.fisher)
-
-
-def has_safety_net(config: Config) -> bool:
-    """Say whether a run compresses twice: by its mixed plan, and by the uniform alternative."""
-    return config.recipe.safety_net and config.wbits.allocation is Allocation.mixed
-
-
-def needs_activations(config: Config) -> bool:
-    """Say whether the plan depends on what the channels carry."""
-    measured = config.n_groups.grouping not in UNMEASURED and config.n_groups.count > 1
-    mixed = config.wbits.allocation is Allocation.mixed
-    return measured or mixed or config.sparsity.allocated
-
-
-def sparsity_of(config: Config) -> Sparsity:
-    """Return the sparsity that every linear gets, or that they get on average."""
-    return Sparsity(config.sparsity.ratio, config.sparsity.n, config.sparsity.m)

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
+from annotated_types import Ge, Interval
+
+from mi_experiments.config.fields import About
 from mi_experiments.errors import require
 
 
@@ -22,35 +26,33 @@ class Comparison(Enum):
     at_most = "at_most"
 
 
+Perplexity = Annotated[float, Ge(1), About(allowed="a perplexity, at least 1")]
+
+
 @dataclass
 class NumbersConfig:
-    """Perplexities of one model, dense or compressed, by evaluation text.
+    """Perplexities of one model, dense or compressed, by evaluation text."""
 
-    `tolerance` is a share of the value, and `because` the reason for it.
-    """
-
-    where: str
-    evidence: Evidence
-    comparison: Comparison
-    tolerance: float
-    because: str
-    values: dict[str, float]
+    where: Annotated[str, About("the table or file of the source")]
+    evidence: Annotated[Evidence, About("how the numbers are known")]
+    comparison: Annotated[Comparison, About("what a number is held to")]
+    tolerance: Annotated[
+        float, Interval(ge=0, lt=1), About("a share of the value", allowed="at least 0 and below 1")
+    ]
+    because: Annotated[str, About("the reason for the tolerance")]
+    values: Annotated[dict[str, Perplexity], About("perplexities, by evaluation text")]
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        fits = 0 <= self.tolerance < 1
-        require("expected.*.tolerance", self.tolerance, fits, "a share, at least 0 and below 1")
-        for text, value in self.values.items():
-            require(f"expected.*.values.{text}", value, value >= 1, "a perplexity, at least 1")
+        """Check what the fields say of each other."""
         reasoned = bool(self.because) or not self.values
-        require("expected.*.because", self.because, reasoned, "the reason for the tolerance")
+        require("because", self.because, reasoned, "the reason for the tolerance")
 
 
 @dataclass
 class ExpectedConfig:
-    """What a source says of a run; `content_hashes` holds the content hashes of a pinned one."""
+    """What a source says of a run."""
 
-    source: str
-    dense: NumbersConfig
-    compressed: NumbersConfig
-    content_hashes: dict[str, str]
+    source: Annotated[str, About("the paper, or the run that was pinned")]
+    dense: Annotated[NumbersConfig, About("of the model as loaded")]
+    compressed: Annotated[NumbersConfig, About("of the compressed model")]
+    fingerprint: Annotated[dict[str, str], About("content hashes of a pinned run")]

@@ -26,7 +26,7 @@ NUMERICS_VERSION = 2
 INCIDENTAL = (
     "tracking",
     "memory",
-    "reuse",
+    "cache",
     "dry_run",
     "resume",
     "expected",

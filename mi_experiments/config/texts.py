@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
+from annotated_types import Ge, Interval, Len, Predicate
+
+from mi_experiments.config.fields import About
 from mi_experiments.errors import require
 
 
@@ -55,103 +59,105 @@ OWN_CORPORA = ("embedded", "text")
 """What is read without a published corpus: the package's language, and a file of the user."""
 
 
+SEPARATOR = Predicate(lambda text: "\\" not in text)
+"""Refuses a line break that arrives as a backslash and a letter, as most quotes leave it."""
+
+NO_BACKSLASH = "text without a backslash; a shell writes a line break as $'\"\\n\"'"
+
+Files = Annotated[list[str], Len(1), About(allowed="at least one file")]
+
+
 @dataclass
 class HubCorpusConfig:
     """A published corpus: files of a dataset repository at one revision."""
 
-    hub_id: str
-    revision: str
-    path: str | None
-    text_field: str
-    splits: dict[str, list[str]]
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        key = f"corpora of {self.hub_id}"
-        require(f"{key}: splits", self.splits, bool(self.splits), "at least one")
-        for split, files in self.splits.items():
-            require(f"{key}: splits.{split}", files, bool(files), "at least one file")
+    hub_id: Annotated[str, About("the dataset repository, ORG/NAME")]
+    revision: Annotated[str, About("branch, tag or commit of it")]
+    path: Annotated[str | None, About("a directory with the same files; null: the hub")]
+    text_field: Annotated[str, About("the field that holds the text")]
+    splits: Annotated[
+        dict[str, Files],
+        Len(1),
+        About("files of each part: .parquet, .json.gz, .jsonl.gz, .jsonl or .txt"),
+    ]
 
 
 @dataclass
 class DatasetConfig:
     """Calibration text and how it is cut into sequences."""
 
-    corpus: str
-    path: str | None
-    split: str | None
-    text_field: str
-    separator: str | None
-    nsamples: int
-    seqlen: int
-    batch_size: int
-    sampling: Sampling
-    allow_fewer: bool
-    add_bos: BosPolicy
-    on_nonfinite: OnNonfinite
-    holdout: float
-    offline: bool
-    seed: int
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require("dataset.nsamples", self.nsamples, self.nsamples >= 1, "at least 1")
-        require("dataset.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
-        require("dataset.batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
-        require("dataset.holdout", self.holdout, 0 < self.holdout < 1, "between 0 and 1")
-        check_separator("dataset.separator", self.separator)
+    corpus: Annotated[str, About("embedded, text, or one of corpora")]
+    path: Annotated[str | None, About("a .txt file, one document, or .jsonl, one a line")]
+    split: Annotated[str | None, About("of a published corpus: train, validation, test")]
+    text_field: Annotated[str, About("the field of a .jsonl line that holds the text")]
+    separator: Annotated[
+        str | None,
+        SEPARATOR,
+        About("joins the rows to one text; null: each is a document", allowed=NO_BACKSLASH),
+    ]
+    nsamples: Annotated[int, Ge(1), About("calibration sequences", unit="sequence")]
+    seqlen: Annotated[int, Ge(2), About("tokens in a sequence", unit="tokens")]
+    batch_size: Annotated[
+        int, Ge(1), About("sequences in one forward pass; never padded", unit="sequence")
+    ]
+    sampling: Annotated[Sampling, About("how sequences are drawn")]
+    allow_fewer: Annotated[
+        bool, About("where the text is too short, take the sequences that there are")
+    ]
+    add_bos: Annotated[BosPolicy, About("a beginning token before each document")]
+    on_nonfinite: Annotated[
+        OnNonfinite, About("a sample that is NaN or infinite in the dense model")
+    ]
+    holdout: Annotated[
+        float,
+        Interval(gt=0, lt=1),
+        About("the last share of a file is not calibrated on, if the evaluation reads it too"),
+    ]
+    offline: Annotated[bool, About("texts come from the cache or a directory, never the network")]
+    seed: Annotated[int, About("of the sequences that are drawn")]
 
 
 @dataclass
 class CorpusConfig:
     """One evaluation text."""
 
-    corpus: str
-    path: str | None
-    split: str | None
-    text_field: str
-    first_rows: int | None
-    windows: Windows
-    separator: str
-    seqlen: int
-    max_windows: int | None
-    seed: int
-    add_bos: BosPolicy
+    corpus: Annotated[str, About("embedded, text, or one of corpora")]
+    path: Annotated[str | None, About("a .txt or .jsonl file")]
+    split: Annotated[str | None, About("of a published corpus: train, validation, test")]
+    text_field: Annotated[str, About("the field of a .jsonl line that holds the text")]
+    first_rows: Annotated[
+        int | None,
+        Ge(1),
+        About("rows taken, from the beginning", allowed="at least 1, or null: all"),
+    ]
+    windows: Annotated[Windows, About("how the text is cut")]
+    separator: Annotated[
+        str, SEPARATOR, About("between the rows of a joined text", allowed=NO_BACKSLASH)
+    ]
+    seqlen: Annotated[int, Ge(2), About("tokens in a window, at most", unit="tokens")]
+    max_windows: Annotated[
+        int | None, Ge(1), About("windows evaluated, at most", allowed="at least 1, or null: all")
+    ]
+    seed: Annotated[int, About("of sampled windows; not the run's, so that runs see one text")]
+    add_bos: Annotated[BosPolicy, About("a beginning token before each text")]
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        require("evaluation.datasets.*.seqlen", self.seqlen, self.seqlen >= 2, "at least 2 tokens")
-        for key in ("first_rows", "max_windows"):
-            count = getattr(self, key)
-            fits = count is None or count >= 1
-            require(f"evaluation.datasets.*.{key}", count, fits, "at least 1, or null for all")
-        check_separator("evaluation.datasets.*.separator", self.separator)
-        drawn = self.windows is Windows.sampled
-        counted = not drawn or self.max_windows is not None
-        key = "evaluation.datasets.*.max_windows"
-        require(key, self.max_windows, counted, "a number of windows to draw, if windows=sampled")
+        """Check what the fields say of each other."""
+        counted = self.windows is not Windows.sampled or self.max_windows is not None
+        allowed = "a number of windows to draw, if windows=sampled"
+        require("max_windows", self.max_windows, counted, allowed)
 
 
 @dataclass
 class EvaluationConfig:
     """Perplexity protocol: which texts, cut how."""
 
-    protocol: str
-    datasets: dict[str, CorpusConfig]
-    batch_tokens: int
-    logits_chunk: int
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        require("evaluation.datasets", self.datasets, bool(self.datasets), "at least one text")
-        require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
-        require("evaluation.logits_chunk", self.logits_chunk, self.logits_chunk >= 1, "at least 1")
-
-
-def check_separator(key: str, separator: str | None) -> None:
-    """Refuse a line break that arrives as a backslash and a letter, as most quotes leave it."""
-    allowed = "text without a backslash; a shell writes a line break as $'\"\\n\"'"
-    require(key, separator, "\\" not in (separator or ""), allowed)
+    protocol: Annotated[str, About("its name, recorded with every number")]
+    datasets: Annotated[
+        dict[str, CorpusConfig], Len(1), About("the texts, by name", allowed="at least one text")
+    ]
+    batch_tokens: Annotated[int, Ge(1), About("tokens in one forward pass", unit="token")]
+    logits_chunk: Annotated[int, Ge(1), About("tokens whose logits exist at a time", unit="token")]
 
 
 def check_texts(

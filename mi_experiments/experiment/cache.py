@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mi_experiments.calibration.hessians import FISHER, FISHER_FIELDS
 from mi_experiments.config.compose import to_plain
-from mi_experiments.config.config import Config, measures_loss, needs_activations
+from mi_experiments.config.config import Config
 from mi_experiments.config.identity import NUMERICS_VERSION
 from mi_experiments.config.narrow import narrow
 from mi_experiments.evaluation.perplexity import Perplexity
@@ -163,7 +163,7 @@ class RunCache:
     """What one job computes for all, and reads of what others have computed.
 
     Args:
-        config: of the run; with `reuse=false` everything is computed, and nothing shared.
+        config: of the run; with `cache=false` everything is computed, and nothing shared.
         computed: of `computed_by`.
         recorder: notes what was read and not computed, and counts shortages of memory.
         say: shows a line.
@@ -199,7 +199,7 @@ class RunCache:
             wave_tokens: tokens whose hidden states exist at one time.
             compute: measures it.
         """
-        if not self.config.reuse:
+        if not self.config.cache:
             return compute()
         evaluation = self.config.evaluation
         key = perplexity_key(
@@ -234,7 +234,7 @@ class RunCache:
                 entries.pop(name).close(None if short else commits.read_tensors(name))
 
         try:
-            if self.config.reuse and needs_activations(self.config):
+            if self.config.cache and self.config.needs_activations:
                 self.fetch(commits, calibration, blocks, entries)
             yield share
         finally:
@@ -252,7 +252,7 @@ class RunCache:
         narrowed = cost_config(self.config)
         for name in map(block_costs_name, range(blocks)):
             self.fetch_part(commits, name, narrowed, calibration, entries)
-        if entries and measures_loss(narrowed):
+        if entries and narrowed.uses_fisher:
             sequences = calibration[: narrowed.wbits.fisher_samples]
             self.fetch_part(commits, FISHER, narrow(narrowed, FISHER_FIELDS), sequences, entries)
 
@@ -291,5 +291,5 @@ class RunCache:
             entry.found = read_entry(path)
         if entry.found is not None:
             entry.close()
-            self.recorder.note_reused(phase, name)
+            self.recorder.note_from_cache(phase, name)
         return entry

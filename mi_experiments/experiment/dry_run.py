@@ -4,13 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mi_experiments.config.config import (
-    Config,
-    corrects_targets,
-    has_safety_net,
-    needs_activations,
-    sparsity_of,
-)
+from mi_experiments.config.config import Config
 from mi_experiments.config.method import Allocation
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.memory_plan import (
@@ -82,10 +76,10 @@ def dry_run(config: Config) -> Outline:
     kinds: dict[object, list[tuple[Block, Site]]] = {}
     for block, site in sites:
         kinds.setdefault((site.family, shapes(site)), []).append((block, site))
-    streams = 2 if corrects_targets(config) else 1
+    streams = 2 if config.needs_dense_pair else 1
     measured = blocks[-1].sites[-1].stage + 1 if config.recipe.true_sequential else 1
-    sweeps = 2 if has_safety_net(config) else 1
-    passes = len(blocks) * (2 * needs_activations(config) + sweeps * streams * (measured + 1))
+    sweeps = 2 if config.has_safety_net else 1
+    passes = len(blocks) * (2 * config.needs_activations + sweeps * streams * (measured + 1))
     return Outline(
         sites=tuple(outline(members, config) for members in kinds.values()),
         weights=sum(linear.rows * linear.columns for _, site in sites for linear in site.linears),
@@ -136,7 +130,7 @@ def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> flo
     Codes of kept weights, scales and zero points per (row, scale group), sparsity pattern,
     and group index; method `count_storage` counts the same on real linears.
     """
-    sparsity = sparsity_of(config)
+    sparsity = config.sparsity.pattern
     average = config.wbits.average
     per_weight = (1 - sparsity.ratio) * average + sparsity.pattern_bits_per_weight
     weights = sum(rows * columns for rows, columns in shapes(site))

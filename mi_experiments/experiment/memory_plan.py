@@ -16,15 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mi_experiments.calibration.fisher import POSITIONS_CHUNK
-from mi_experiments.config.config import (
-    Config,
-    Dtype,
-    corrects_targets,
-    has_safety_net,
-    measures_loss,
-    sparsity_of,
-)
-from mi_experiments.config.method import check_count
+from mi_experiments.config.config import Config, Dtype
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.llm.activations import Place
@@ -176,7 +168,7 @@ def plan_memory(needs: Needs, room: Room, config: Config) -> MemoryPlan:
     working_place = Place.host if room.accelerator is None else Place.accelerator
     beside = needs.activations if place in (working_place, Place.accelerator) else 0
     spare = max(0, int(left[working_place] - beside))
-    tokens = config.dataset.nsamples * config.dataset.seqlen * (1 + corrects_targets(config))
+    tokens = config.dataset.nsamples * config.dataset.seqlen * (1 + config.needs_dense_pair)
     return MemoryPlan(
         room=room,
         needs=needs,
@@ -226,9 +218,9 @@ def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
     )
     linears = [linear for block in blocks for site in block.sites for linear in site.linears]
     columns = {linear.name: linear.columns for linear in linears}
-    check_dimensions(columns, sparsity_of(config), config.sparsity.mask_block)
+    check_dimensions(columns, config.sparsity.pattern, config.sparsity.mask_block)
     for name, count in columns.items():
-        check_count(count, name, config.n_groups)
+        config.n_groups.check_count(count, name)
     return model, blocks
 
 
@@ -245,7 +237,7 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
     item = {Dtype.auto: stored, Dtype.float32: 4}.get(config.model.dtype, 2)
     inside = [sum(p.numel() for p in block.module.parameters()) for block in blocks]
     everything = sum(parameter.numel() for parameter in model.parameters())
-    streams = 2 if corrects_targets(config) else 1
+    streams = 2 if config.needs_dense_pair else 1
     sites = [site for block in blocks for site in block.sites]
     linears = [linear for site in sites for linear in site.linears]
     widest = max(site.columns for site in sites)
@@ -256,7 +248,7 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
     logits = 2 * config.evaluation.logits_chunk * text.vocab_size * FLOAT32
     forward = FORWARD_MATRICES * batch * width * item + logits
     activations = streams * samples * text.hidden_size * item
-    if measures_loss(config):
+    if config.uses_fisher:
         active = getattr(text, "num_experts_per_tok", None)
         kept = GRAPH_COPIES * max(traffic(block, active) for block in blocks)
         graph = kept * config.dataset.seqlen * item
@@ -270,7 +262,7 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
         hessian=widest**2 * FLOAT32,
         forward=forward,
         activations=activations,
-        stored=sum(inside) * item * (2 if has_safety_net(config) else 1),
+        stored=sum(inside) * item * (2 if config.has_safety_net else 1),
     )
 
 

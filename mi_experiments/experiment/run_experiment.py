@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mi_experiments.compression.totals import check_fallbacks
-from mi_experiments.config.config import Config, Export, has_safety_net
+from mi_experiments.config.config import Config, Export
 from mi_experiments.config.secrets import scrub
 from mi_experiments.config.texts import OnNonfinite
 from mi_experiments.embedded import find_model
@@ -106,7 +106,7 @@ def compute(
     with recorder.phase("plan"):
         plan = make_plan(run)
     with recorder.phase("compress"):
-        (compress_safely if has_safety_net(config) else compress)(run, plan)
+        (compress_safely if config.has_safety_net else compress)(run, plan)
     with recorder.phase("evaluate compressed"):
         evaluate(run, "compressed", run.stored.weights)
     if config.export is Export.dense:
@@ -140,7 +140,7 @@ def open_run(
     )
     texts = evaluation_texts(opened.tokenizer, config)
     calibration = calibration_sequences(opened.tokenizer, config)
-    held_out = held_out_sequences(opened.tokenizer, config) if has_safety_net(config) else None
+    held_out = held_out_sequences(opened.tokenizer, config) if config.has_safety_net else None
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
     provenance = measure_provenance(config, source, opened.model, calibration, bos)
     hashes = {text.name: text.sha256 for text in texts}

@@ -28,6 +28,11 @@ class Grouping(Enum):
     random = "random"
     contiguous = "contiguous"
 
+    @property
+    def needs_activations(self) -> bool:
+        """Whether the rule reads what the channels carry."""
+        return any(name != "seed" for name in GROUPINGS[self].needs)
+
 
 class Rule(NamedTuple):
     """A rule of grouping: what it must be given, and how it labels the channels."""

@@ -85,7 +85,7 @@ class DriftAccumulator:
         return Drift(self._inputs * scale, residual)
 
 
-def choose_input_share(tokens: int, columns: int) -> float:
+def choose_input_correction(tokens: int, columns: int) -> float:
     """Return the share α that suits as many tokens: half where few, else all."""
     return 0.5 if tokens <= FEW_TOKENS * columns else 1.0
 
@@ -95,8 +95,8 @@ def correct_target(
     factor: Factor,
     drift: Drift,
     *,
-    input_share: float,
-    residual_share: float,
+    input_correction: float,
+    residual_correction: float,
 ) -> Float[Tensor, "rows columns"]:
     """Return W*, what a linear of the compressed model should be before it is compressed.
 
@@ -104,10 +104,10 @@ def correct_target(
         weight: W of the dense model.
         factor: of the damped Hessian of what the compressed model reads.
         drift: of the site.
-        input_share: α, of the correction for changed inputs, 0 to 1.
-        residual_share: ρ, of the correction for the drifted residual stream, 0 to 1.
+        input_correction: α, of the correction for changed inputs, 0 to 1.
+        residual_correction: ρ, of the correction for the drifted residual stream, 0 to 1.
     """
-    wanted = input_share * (weight @ drift.inputs)
+    wanted = input_correction * (weight @ drift.inputs)
     if drift.residual is not None:
-        wanted += residual_share * drift.residual
+        wanted += residual_correction * drift.residual
     return weight + factor.solve(wanted)

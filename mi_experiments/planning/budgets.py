@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mi_experiments.config.config import Config, sparsity_of
+from mi_experiments.config.config import Config
 from mi_experiments.config.method import Allocation, Scope
 from mi_experiments.method.allocation import allocate_bits, allocate_kept
 from mi_experiments.method.pruning import Sparsity, keep_parts, possible_parts
@@ -20,7 +20,7 @@ def allocate_pruning(linears: Sequence[LinearCosts], config: Config) -> dict[str
 
     A linear without a cost, because it is not measured, gets the average.
     """
-    chosen = dict.fromkeys((linear.name for linear in linears), sparsity_of(config))
+    chosen = dict.fromkeys((linear.name for linear in linears), config.sparsity.pattern)
     members = [linear for linear in linears if linear.pruning is not None]
     if members:
         kept = allocate_kept(

@@ -8,7 +8,7 @@ silent difference between two jobs that share a file.
 from dataclasses import replace
 
 from mi_experiments.calibration.hessians import FISHER_FIELDS
-from mi_experiments.config.config import Config, measures_loss
+from mi_experiments.config.config import Config
 from mi_experiments.config.method import Allocation, SparsityScope
 from mi_experiments.config.narrow import narrow
 
@@ -64,7 +64,7 @@ def cost_config(config: Config) -> Config:
         fields.update(COST_FIELDS)
     if config.sparsity.scope is SparsityScope.model:
         fields.update(PRUNING_FIELDS)
-    if measures_loss(config):
+    if config.uses_fisher:
         fields.update(FISHER_FIELDS)
     narrowed = narrow(config, fields)
     narrowed.n_groups = replace(config.n_groups, adaptive=config.adapts_groups)

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from mi_experiments.config.config import Config, sparsity_of
-from mi_experiments.config.method import UNQUANTIZED, Cost, DeadChannels
+from mi_experiments.config.config import Config
+from mi_experiments.config.method import Cost
+from mi_experiments.config.recipe import DeadChannels
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.method.grid import fit_grid, scale_groups
+from mi_experiments.method.grid import UNQUANTIZED, fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, sweep_order
 from mi_experiments.method.pruning import choose_pruned, possible_parts, pruning_costs
 
@@ -43,7 +44,7 @@ def measure_group_costs(
     """
     saliency = 1 / factor.inverse_diagonal()
     row_cost = weigh_rows(weight, fisher, hessian, config.wbits.cost)
-    sparsity = sparsity_of(config)
+    sparsity = config.sparsity.pattern
     pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
     groups = int(channel_group.max()) + 1
     wbits = config.wbits

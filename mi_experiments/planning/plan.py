@@ -20,13 +20,8 @@ from mi_experiments.calibration.hessians import (
     check_weights,
     measure_plan_fisher,
 )
-from mi_experiments.config.config import (
-    Config,
-    measures_loss,
-    needs_activations,
-    sparsity_of,
-)
-from mi_experiments.config.method import Allocation, check_count
+from mi_experiments.config.config import Config
+from mi_experiments.config.method import Allocation
 from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.llm.inventory import take_inventory
@@ -169,7 +164,7 @@ def plan_compression(
     for present in inventory.linears:
         check_weights(present)
         for linear in present:
-            check_count(linear.columns, linear.name, config.n_groups)
+            config.n_groups.check_count(linear.columns, linear.name)
     narrowed = cost_config(config)
     finished = read_block_costs(commits, len(inventory.modules))
     if len(finished) < len(inventory.modules):
@@ -182,7 +177,7 @@ def plan_compression(
             commits=commits,
             on_block=on_block,
         )
-        activations = needs_activations(narrowed)
+        activations = narrowed.needs_activations
         walk = walk_blocks(
             model,
             calibration if activations else calibration[:1, :2],
@@ -215,7 +210,7 @@ def plan_compression(
         linear.name: spread_widths(linear, widths[linear.name], pruned[linear.name], config)
         for linear in linears
     }
-    return Plan(planned, information, sparsity_of(config), config.wbits.average)
+    return Plan(planned, information, config.sparsity.pattern, config.wbits.average)
 
 
 def keep_widths(linear: LinearCosts, narrowed: Config, config: Config) -> LinearCosts:
@@ -230,7 +225,7 @@ def keep_widths(linear: LinearCosts, narrowed: Config, config: Config) -> Linear
 
 def count_steps(blocks: int, config: Config) -> int:
     """Return how often `plan_compression` calls `on_block` if nothing was finished earlier."""
-    return blocks * (3 if measures_loss(config) else 1)
+    return blocks * (3 if config.uses_fisher else 1)
 
 
 def spread_widths(

@@ -21,8 +21,9 @@ from mi_experiments.calibration.hessians import (
     measure_scarce,
     site_context,
 )
-from mi_experiments.config.config import UNMEASURED, Config
-from mi_experiments.config.method import Allocation, OnSingular, ScarceTokens
+from mi_experiments.config.config import Config
+from mi_experiments.config.method import Allocation
+from mi_experiments.config.recipe import OnSingular, ScarceTokens
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
 from mi_experiments.method.grouping import Grouping, group_channels
@@ -136,7 +137,7 @@ def measure_site_costs(
         matrix = measure_information(hessian, groups.estimator)
         summary = summarize(matrix, noise, factor, groups.estimator)
     # An expert without tokens that is to stay as it is has nothing to be grouped by.
-    measured = hessian is not None or groups.grouping in UNMEASURED
+    measured = hessian is not None or not groups.grouping.needs_activations
     energy = sum_energy(site) if hessian is not None else None
 
     def partition(count: int) -> Int32[Tensor, "columns"]:

@@ -61,7 +61,7 @@ class Recorder:
             self.result = replace(
                 self.result,
                 seconds=earlier.seconds,
-                reused=earlier.reused,
+                from_cache=earlier.from_cache,
                 resumed=earlier.resumed + 1,
             )
             self.earlier_retries = earlier.retries
@@ -82,14 +82,14 @@ class Recorder:
             write_linears(self.linears, self.run_dir)
             self.written = len(self.linears)
 
-    def note_reused(self, phase: str, name: str) -> None:
+    def note_from_cache(self, phase: str, name: str) -> None:
         """Record at once that a part of a phase was read and not computed.
 
         A run that is continued finds that part among its own, and would not know.
         """
-        log.info("%s: %s is reused", phase, name)
-        names = dict.fromkeys([*self.result.reused.get(phase, []), name])
-        self.update(reused=self.result.reused | {phase: list(names)})
+        log.info("%s: %s is read from the cache", phase, name)
+        names = dict.fromkeys([*self.result.from_cache.get(phase, []), name])
+        self.update(from_cache=self.result.from_cache | {phase: list(names)})
 
     @contextmanager
     def count_retries(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mi_experiments.config.renames import record_with_new_names
 from mi_experiments.persistence.atomic import write_atomically
 from mi_experiments.records.candidates import SafetyNet
 
@@ -215,8 +216,8 @@ class Result:
         dropped: calibration samples that were left out, and in what they were not finite; messages
             of later phases count the samples that are left.
         retries: how often memory was short and work was done again in smaller pieces.
-        reused: by phase, what was not computed but read, because another job had computed it; the
-            seconds of that phase are those of reading, and of waiting for that job.
+        from_cache: by phase, what was not computed but read, because another job had computed it;
+            the seconds of that phase are those of reading, and of waiting for that job.
         stability: mean of that of the linears, by their weights; None where none has one.
         safety_net: what it compared and kept; None without one.
         compressed_sha256: of all compressed blocks; None until there are all.
@@ -238,7 +239,7 @@ class Result:
     statuses: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     retries: int = 0
-    reused: dict[str, list[str]] = field(default_factory=dict)
+    from_cache: dict[str, list[str]] = field(default_factory=dict)
     stability: float | None = None
     safety_net: SafetyNet | None = None
     compressed_sha256: str | None = None
@@ -251,8 +252,8 @@ def write_result(result: Result, run_dir: Path) -> None:
 
 
 def read_result(run_dir: Path) -> Result:
-    """Read `result.json` back as the value it was written from."""
-    data = json.loads((run_dir / RESULT).read_text())
+    """Read `result.json` back as the value it was written from, old names as those of today."""
+    data = record_with_new_names(json.loads((run_dir / RESULT).read_text()))
     for key in ("dense", "compressed"):
         data[key] = {name: Evaluation(**entry) for name, entry in data[key].items()}
     data["provenance"] = data["provenance"] and Provenance(**data["provenance"])

@@ -320,7 +320,7 @@ def summary_of(result: Result) -> dict[str, Any]:
     if result.bits is not None:
         summary |= {f"bits/{name}": value for name, value in vars(result.bits).items()}
     summary |= {f"seconds/{name}": value for name, value in result.seconds.items()}
-    summary |= {f"reused/{phase}": len(names) for phase, names in result.reused.items()}
+    summary |= {f"from_cache/{phase}": len(names) for phase, names in result.from_cache.items()}
     return {name: value for name, value in summary.items() if value is not None}
 
 

@@ -9,14 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mi_experiments.config.config import (
-    Config,
-    corrects_targets,
-    has_safety_net,
-    measures_loss,
-    needs_activations,
-)
-from mi_experiments.config.method import Allocation, GridFit
+from mi_experiments.config.config import Config
+from mi_experiments.config.method import Allocation
+from mi_experiments.config.recipe import GridFit
 from mi_experiments.experiment.dry_run import Outline
 
 Rates = Mapping[str, Any]
@@ -76,16 +71,16 @@ def count_work(outline: Outline, config: Config, rates: Rates) -> Work:
     blocks = max(site.blocks for site in outline.sites)
     # Every pass goes through one block; two evaluations go through all of them.
     forward = 2.0 * outline.weights * (tokens * outline.passes / blocks + 2 * evaluated)
-    if measures_loss(config):
+    if config.uses_fisher:
         samples = min(config.wbits.fisher_samples, config.dataset.nsamples)
         forward += 6 * outline.weights * samples * config.dataset.seqlen
     quantized = config.wbits.allocation is not Allocation.unquantized
     pruned = config.sparsity.ratio > 0
-    planned = needs_activations(config)
-    twice = pruned and quantized and recipe.grid_fit is GridFit.survivors
-    sweeps = (1 + twice) * (2 if has_safety_net(config) else 1) * (pruned or quantized)
+    planned = config.needs_activations
+    twice = pruned and quantized and recipe.grid_fit is GridFit.compensated
+    sweeps = (1 + twice) * (2 if config.has_safety_net else 1) * (pruned or quantized)
     rounds = recipe.refine_rounds * quantized
-    corrected = corrects_targets(config)
+    corrected = config.needs_dense_pair
     hessians = solving = columns = 0.0
     for site in outline.sites:
         width = site.shapes[0][1]

@@ -266,8 +266,8 @@ def cut_text(
 def tokens_of(
     key: str, compute: Callable[[], dict[str, Tensor]], config: Config
 ) -> dict[str, Tensor]:
-    """Return tokens from their cache, or computed where nothing is to be reused."""
-    return cached(key, compute) if config.reuse else compute()
+    """Return tokens from their cache, or computed where nothing is to come from a cache."""
+    return cached(key, compute) if config.cache else compute()
 
 
 def shares_file(path: str | None, text: CorpusConfig) -> bool:

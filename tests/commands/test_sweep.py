@@ -369,7 +369,7 @@ def test_a_killed_sweep_is_completed_by_the_same_command(place: tuple[Path, list
 @pytest.mark.slow
 def test_a_killed_sweep_of_the_embedded_model_is_completed(tmp_path: Path) -> None:
     # Nothing is read that the unbroken sweep has left, so that the records must be equal too.
-    small = ["tracking=disabled", "reuse=false", "evaluation.datasets.embedded.max_windows=4"]
+    small = ["tracking=disabled", "cache=false", "evaluation.datasets.embedded.max_windows=4"]
     kill_and_continue(tmp_path, ["-m", *AXES, *small])
 
 

@@ -205,7 +205,7 @@ def test_second_moments_beyond_float32_name_block_site_and_activation(tokens: to
     model = build_tiny_model("llama")
     model.get_submodule("model.layers.1.post_attention_layernorm").weight.mul_(1e20)
     model.get_submodule("model.layers.1.mlp.gate_proj").weight.mul_(1e-25)
-    uncorrected = ["recipe.input_share=0", "recipe.residual_share=0"]
+    uncorrected = ["recipe.input_correction=0", "recipe.residual_correction=0"]
     line = (
         r"^block 1, mlp.gate_proj\+up_proj: the second moments overflow torch.float32: "
         r"largest activation \d\.\d+e\+20$"

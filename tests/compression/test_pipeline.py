@@ -106,7 +106,7 @@ def test_true_sequential_linears_read_what_compressed_ones_give(
 ) -> None:
     """The last site's Hessian must be that of the model with all earlier sites compressed."""
     model = tiny_model("llama")
-    config = config_of("recipe.input_share=0", "recipe.residual_share=0")
+    config = config_of("recipe.input_correction=0", "recipe.residual_correction=0")
     seen: dict[str, torch.Tensor] = {}
     original = pipeline.measure_hessians
 
@@ -143,7 +143,7 @@ def test_without_a_share_it_is_the_one_that_suits_the_tokens(
     blind = ["wbits=uniform", "n_groups=contiguous", "dataset.batch_size=32"]
     tokens, weights = tiny_tokens(nsamples, 16), {}
     for value in ("null", share, other):
-        overrides = [f"recipe.input_share={value}", "recipe.residual_share=0", *blind]
+        overrides = [f"recipe.input_correction={value}", "recipe.residual_correction=0", *blind]
         linears = compressed(tiny_model("llama"), tokens, *overrides)
         weights[value] = [linear.linear.read_weight() for linear in linears]
     pairs = list(zip(weights["null"], weights[share], weights[other], strict=True))

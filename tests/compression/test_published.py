@@ -198,7 +198,7 @@ SWITCHES = {
     "dead_channels": ("keep", Task(ratio=0.5, bits=3, dead=9)),
     "dead_diagonal": (0.0, Task(ratio=0.5, bits=3, dead=9)),
     "order": ("activation", Task(ratio=0.5)),
-    "grid_fit": ("survivors", Task(ratio=0.5, bits=3)),
+    "grid_fit": ("compensated", Task(ratio=0.5, bits=3)),
     "clip_search": (True, Task(ratio=0.5, bits=3)),
     "scale_bits": (16, Task(ratio=0.5, bits=3)),
     "selection": ("exact", Task(ratio=0.5)),
@@ -221,12 +221,12 @@ def test_no_switch_of_the_recipe_is_idle(key):
 def test_groups_on_the_fly_are_not_those_of_the_original_weights():
     task = GPTQ["groups of 32"]
     weight, tokens = draw_problem(task, 0)
-    reached = ours(weight, tokens, task, CONFIGS["gptq"])
-    config = config_of("recipe=gptq", f"dataset.seqlen={SEQLEN}", "recipe.grid_fit=original")
-    original = ours(weight, tokens, task, config)
+    dynamic = ours(weight, tokens, task, CONFIGS["gptq"])
+    config = config_of("recipe=gptq", f"dataset.seqlen={SEQLEN}", "recipe.grid_fit=static")
+    static = ours(weight, tokens, task, config)
     # The groups that the first block begins with are reached before anything is compensated.
-    assert torch.equal(reached.grid.scale[:, :4], original.grid.scale[:, :4])
-    assert not torch.equal(reached.grid.scale[:, 4:], original.grid.scale[:, 4:])
+    assert torch.equal(dynamic.grid.scale[:, :4], static.grid.scale[:, :4])
+    assert not torch.equal(dynamic.grid.scale[:, 4:], static.grid.scale[:, 4:])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -234,7 +234,9 @@ def test_survivors_have_the_grid_and_the_pattern_of_a_sweep_that_only_prunes(see
     task = SPARSEGPT["half and 4 bits"]
     weight, tokens = draw_problem(task, seed)
     survivors, pattern = published(weight, tokens, replace(task, bits=16))
-    config = config_of("recipe=sparsegpt", f"dataset.seqlen={SEQLEN}", "recipe.grid_fit=survivors")
+    config = config_of(
+        "recipe=sparsegpt", f"dataset.seqlen={SEQLEN}", "recipe.grid_fit=compensated"
+    )
     solution = ours(weight, tokens, task, config)
     scale, zero = grid_of(survivors, task.bits)
     assert torch.equal(solution.swept.pruned, pattern)

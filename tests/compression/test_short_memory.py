@@ -51,7 +51,12 @@ PLACES = {
 def test_short_memory_is_in_the_report_of_its_linears_and_moves_no_code(
     place: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    overrides = [*BLIND, "sparsity=dense", "recipe.input_share=0", "recipe.residual_share=0"]
+    overrides = [
+        *BLIND,
+        "sparsity=dense",
+        "recipe.input_correction=0",
+        "recipe.residual_correction=0",
+    ]
     expected = compress(build_tiny_model("llama"), tokens, overrides)
     owner, name, at, where = PLACES[place]
     fail_once(monkeypatch, owner, name, at)

@@ -111,7 +111,7 @@ def judged(
     def reproduced(row: str, *overrides: str) -> Judged:
         capsys.readouterr()
         code = 0
-        given = [f"pinned/{row}", "tracking=disabled", "reuse=false", *overrides]
+        given = [f"pinned/{row}", "tracking=disabled", "cache=false", *overrides]
         try:
             reproduce.main([*given, "--json", "verdicts.json", "--markdown", "verdicts.md"])
         except SystemExit as left:

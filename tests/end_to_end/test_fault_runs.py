@@ -51,7 +51,7 @@ def arguments(tmp_path: Path) -> Callable[..., list[str]]:
             "model=local", f"model.path={directory}", "model.seqlen=32", "dataset=text",
             f"dataset.path={text}", "dataset.nsamples=4", "dataset.batch_size=2",
             "evaluation.datasets.text.max_windows=4", "tracking=disabled", "n_groups.count=2",
-            "reuse=false",
+            "cache=false",
             *overrides,
         ]  # fmt: skip
 

@@ -83,7 +83,7 @@ def write_corpora(root: Path, changes: dict[tuple[str, str], list[str]]) -> list
 
 def configure(*overrides: str) -> Config:
     with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", ["reuse=false", *overrides]))
+        return from_hydra(compose("config", ["cache=false", *overrides]))
 
 
 def evaluated(

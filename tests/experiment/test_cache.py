@@ -110,12 +110,12 @@ def test_a_budget_sweep_measures_costs_once_and_gets_the_same_bits(
     for index, budget in enumerate(budgets):
         result = run(f"shared {index}", budget)
         everything = {"evaluate dense": ["text"], "plan": parts(*range(BLOCKS))}
-        assert result.reused == ({} if index == 0 else everything)
-        assert read_result(tmp_path / f"shared {index}").reused == result.reused
+        assert result.from_cache == ({} if index == 0 else everything)
+        assert read_result(tmp_path / f"shared {index}").from_cache == result.from_cache
     # Each job evaluates its compressed model itself.
     assert work == {"measure_block_costs": BLOCKS, "measure_perplexity": 1 + len(budgets)}
     for index, budget in enumerate(budgets):
-        assert run(f"alone {index}", budget, "reuse=false").reused == {}
+        assert run(f"alone {index}", budget, "cache=false").from_cache == {}
         assert numbers(tmp_path / f"shared {index}") == numbers(tmp_path / f"alone {index}")
     assert work["measure_block_costs"] == BLOCKS * (1 + len(budgets))
 
@@ -125,20 +125,20 @@ def test_what_the_loss_feels_is_shared_by_jobs_that_group_differently(
 ) -> None:
     run("first", *FISHER)
     second = run("second", *FISHER, "n_groups=random")
-    assert second.reused["plan"] == ["site_costs/fisher"]
+    assert second.from_cache["plan"] == ["site_costs/fisher"]
     assert work["measure_fisher"] == 1
     assert work["measure_block_costs"] == 2 * BLOCKS
     third = run("third", *FISHER, "n_groups=random", "wbits.average=3")
-    assert third.reused["plan"] == parts(*range(BLOCKS))
+    assert third.from_cache["plan"] == parts(*range(BLOCKS))
     for name, choice in {"second": "wbits.average=4", "third": "wbits.average=3"}.items():
-        run(f"{name} alone", *FISHER, "n_groups=random", choice, "reuse=false")
+        run(f"{name} alone", *FISHER, "n_groups=random", choice, "cache=false")
         assert numbers(tmp_path / name) == numbers(tmp_path / f"{name} alone")
 
 
 def test_nothing_is_kept_that_is_not_to_be_reused(
     run: Callable[..., Result], token_cache: Path
 ) -> None:
-    run("first", "reuse=false")
+    run("first", "cache=false")
     assert not token_cache.exists()
 
 
@@ -146,8 +146,8 @@ def test_a_plan_without_activations_shares_nothing_but_the_evaluation(
     run: Callable[..., Result],
 ) -> None:
     choice = ("wbits=uniform", "n_groups=random")
-    assert run("first", *choice).reused == {}
-    assert run("second", *choice, "recipe=textbook").reused == {"evaluate dense": ["text"]}
+    assert run("first", *choice).from_cache == {}
+    assert run("second", *choice, "recipe=textbook").from_cache == {"evaluate dense": ["text"]}
     assert len(list(results_directory().glob("*.safetensors"))) == 1
 
 
@@ -162,13 +162,13 @@ def test_a_damaged_entry_is_named_and_computed_again(
         path.write_bytes(content[:-3] + bytes([content[-3] ^ 8]) + content[-2:])
     work.clear()
     with caplog.at_level(logging.WARNING):
-        assert run("second", "wbits.average=3").reused == {}
+        assert run("second", "wbits.average=3").from_cache == {}
     assert work == {"measure_block_costs": BLOCKS, "measure_perplexity": 2}
     for path, content in sound.items():
         assert any(str(path) in line and "damaged" in line for line in caplog.messages)
         assert path.read_bytes() == content
         assert path.with_suffix(".damaged").exists()
-    assert run("third", "wbits.average=3").reused.keys() == {"evaluate dense", "plan"}
+    assert run("third", "wbits.average=3").from_cache.keys() == {"evaluate dense", "plan"}
     assert numbers(tmp_path / "second") == numbers(tmp_path / "third")
 
 
@@ -186,7 +186,7 @@ def test_what_was_summed_in_pieces_is_not_shared(
         with monkeypatch.context() as patch:
             patch.setattr(module, name, short)
             run(name)
-    assert run("third", "recipe.refine_rounds=1").reused == {"evaluate dense": ["text"]}
+    assert run("third", "recipe.refine_rounds=1").from_cache == {"evaluate dense": ["text"]}
 
 
 def test_a_continued_run_still_says_what_it_has_read(
@@ -198,9 +198,9 @@ def test_a_continued_run_still_says_what_it_has_read(
         with pytest.raises(ZeroDivisionError):
             run("second", "wbits.average=3")
     everything = {"evaluate dense": ["text"], "plan": parts(*range(BLOCKS))}
-    assert read_result(tmp_path / "second").reused == everything
+    assert read_result(tmp_path / "second").from_cache == everything
     again = run("second", "wbits.average=3")
-    assert (again.resumed, again.reused) == (1, everything)
+    assert (again.resumed, again.from_cache) == (1, everything)
 
 
 # Jobs at the same time
@@ -233,13 +233,13 @@ def test_two_jobs_at_once_compute_every_part_once(
     for job in jobs:
         out, _ = job.communicate(timeout=300)
         assert job.returncode == 0, out
-    found = [read_result(tmp_path / f"at once {b}").reused for b in (3, 4)]
+    found = [read_result(tmp_path / f"at once {b}").from_cache for b in (3, 4)]
     # Whoever was first with a part, the other one has read it.
-    read = [part for reused in found for part in reused.get("plan", [])]
+    read = [part for names in found for part in names.get("plan", [])]
     assert sorted(read) == parts(*range(BLOCKS))
-    assert [text for reused in found for text in reused.get("evaluate dense", [])] == ["text"]
+    assert [text for names in found for text in names.get("evaluate dense", [])] == ["text"]
     for b in (3, 4):
-        assert run(f"alone {b}", f"wbits.average={b}", "reuse=false").reused == {}
+        assert run(f"alone {b}", f"wbits.average={b}", "cache=false").from_cache == {}
         assert numbers(tmp_path / f"at once {b}") == numbers(tmp_path / f"alone {b}")
 
 
@@ -276,9 +276,9 @@ def test_a_job_goes_on_where_a_killed_one_held_the_lock(
         for process in waiting:
             process.kill()
             process.communicate()
-    reused = read_result(tmp_path / "waiter").reused
-    assert reused == {"evaluate dense": ["text"], "plan": parts(0)}
-    run("alone", "wbits.average=3", "reuse=false")
+    from_cache = read_result(tmp_path / "waiter").from_cache
+    assert from_cache == {"evaluate dense": ["text"], "plan": parts(0)}
+    run("alone", "wbits.average=3", "cache=false")
     assert numbers(tmp_path / "waiter") == numbers(tmp_path / "alone")
 
 

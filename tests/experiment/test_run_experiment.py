@@ -40,7 +40,7 @@ def config_of(tiny_directory: Path, tmp_path: Path) -> Callable[..., Config]:
             "model=local", f"model.path={tiny_directory}", "model.seqlen=32", "dataset=text",
             f"dataset.path={text}", "dataset.nsamples=4", "dataset.batch_size=2",
             "evaluation.datasets.text.max_windows=4", "tracking=disabled", "n_groups.count=2",
-            "reuse=false",
+            "cache=false",
         ]  # fmt: skip
         with initialize_config_dir(conf_directory(), version_base="1.3"):
             return from_hydra(compose("config", overrides=[*base, *overrides]))

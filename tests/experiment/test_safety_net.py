@@ -46,7 +46,7 @@ def config_of(tiny_directory: Path, tmp_path: Path) -> ConfigOf:
             f"dataset.path={text}", "dataset.nsamples=4", "dataset.batch_size=2",
             "evaluation.datasets.text.max_windows=4", "tracking=disabled", "n_groups.count=2",
             "n_groups.multiple=8", "wbits.average=3", "recipe.safety_net=true", "export=dense",
-            "reuse=false",
+            "cache=false",
         ]  # fmt: skip
         with initialize_config_dir(conf_directory(), version_base="1.3"):
             return from_hydra(compose("config", overrides=[*base, *overrides]))

@@ -5,7 +5,7 @@ import torch
 
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.hessian import HessianAccumulator, factorize
-from mi_experiments.method.targets import DriftAccumulator, choose_input_share, correct_target
+from mi_experiments.method.targets import DriftAccumulator, choose_input_correction, correct_target
 
 TOKENS, COLUMNS, ROWS = 400, 6, 4
 
@@ -29,7 +29,7 @@ def measured(noise: float, damping: float = 0.0) -> tuple:
 
 def test_without_damping_it_is_least_squares() -> None:
     dense, compressed, drift, factor, moments, weight = measured(0.3)
-    target = correct_target(weight, factor, moments, input_share=1.0, residual_share=1.0)
+    target = correct_target(weight, factor, moments, input_correction=1.0, residual_correction=1.0)
     wanted = dense @ weight.T + drift
     oracle = torch.linalg.lstsq(compressed.double(), wanted.double()).solution.T
     assert torch.allclose(target.double(), oracle, atol=1e-5)
@@ -37,7 +37,9 @@ def test_without_damping_it_is_least_squares() -> None:
 
 def test_with_damping_it_is_ridge_regression_towards_the_weight() -> None:
     dense, compressed, drift, factor, moments, weight = measured(0.3, damping=0.1)
-    target = correct_target(weight, factor, moments, input_share=1.0, residual_share=1.0).double()
+    target = correct_target(
+        weight, factor, moments, input_correction=1.0, residual_correction=1.0
+    ).double()
     x, w = compressed.double(), weight.double()
     hessian = 2 / TOKENS * x.T @ x
     ridge = 0.1 * hessian.diagonal().mean()
@@ -50,7 +52,7 @@ def test_with_damping_it_is_ridge_regression_towards_the_weight() -> None:
 
 def test_nothing_changed_means_nothing_corrected() -> None:
     *_, factor, moments, weight = measured(0.0)
-    target = correct_target(weight, factor, moments, input_share=1.0, residual_share=1.0)
+    target = correct_target(weight, factor, moments, input_correction=1.0, residual_correction=1.0)
     assert torch.equal(target, weight)
 
 
@@ -60,7 +62,7 @@ def test_shares_scale_each_correction_alone(share: float) -> None:
 
     def change(inputs: float, residual: float) -> torch.Tensor:
         target = correct_target(
-            weight, factor, moments, input_share=inputs, residual_share=residual
+            weight, factor, moments, input_correction=inputs, residual_correction=residual
         )
         return target - weight
 
@@ -100,4 +102,4 @@ def test_sums_in_float64_do_not_overflow_where_float32_would() -> None:
     ("tokens", "share"), [(1, 0.5), (16 * 64, 0.5), (16 * 64 + 1, 1.0), (10**6, 1.0)]
 )
 def test_few_tokens_a_channel_correct_by_half(tokens: int, share: float) -> None:
-    assert choose_input_share(tokens, 64) == share
+    assert choose_input_correction(tokens, 64) == share

@@ -107,9 +107,9 @@ SAME = [
     ["wbits.scope=model", "n_groups.adaptive=false"],
     ["wbits.fisher_samples=3"],
     ["sparsity.mask_block=64"],
-    ["recipe.order=natural", "recipe.refine_rounds=0", "recipe.grid_fit=original"],
-    ["recipe.input_share=0", "recipe.residual_share=0.5", "recipe.max_escalated=0.5"],
-    ["model.name=other", "memory.activations=disk", "export=dense", "reuse=false"],
+    ["recipe.order=natural", "recipe.refine_rounds=0", "recipe.grid_fit=static"],
+    ["recipe.input_correction=0", "recipe.residual_correction=0.5", "recipe.max_escalated=0.5"],
+    ["model.name=other", "memory.activations=disk", "export=dense", "cache=false"],
     ["evaluation.batch_tokens=64", "evaluation.logits_chunk=32"],
 ]
 OTHER = [

@@ -112,7 +112,9 @@ def test_a_plan_is_read_back_as_the_value_it_was(
 
 
 @pytest.mark.parametrize("allocation", ["mixed", "uniform"])
-def test_block_costs_are_read_back_as_the_value_it_was(allocation: str, tiny_model, tiny_tokens) -> None:
+def test_block_costs_are_read_back_as_the_value_it_was(
+    allocation: str, tiny_model, tiny_tokens
+) -> None:
     config = config_of(
         f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
         "wbits.cost=relative", "sparsity.cost=distortion",

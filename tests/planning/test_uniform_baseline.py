@@ -9,7 +9,6 @@ from composed import config_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mi_experiments.config.config import has_safety_net
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import Grouping, group_channels
 from mi_experiments.method.information import InformationSummary
@@ -121,5 +120,5 @@ def test_widths_that_are_asked_for_are_kept_to() -> None:
 
 @pytest.mark.parametrize(("wbits", "expected"), [("mixed", True), ("uniform", False)])
 def test_only_a_mixed_plan_has_an_alternative(wbits: str, expected: bool) -> None:
-    assert has_safety_net(config_of(f"wbits={wbits}", "recipe.safety_net=true")) is expected
-    assert not has_safety_net(config_of(f"wbits={wbits}", "recipe.safety_net=false"))
+    assert config_of(f"wbits={wbits}", "recipe.safety_net=true").has_safety_net is expected
+    assert not config_of(f"wbits={wbits}", "recipe.safety_net=false").has_safety_net

@@ -21,7 +21,7 @@ TWELVE = ["-m", "dataset.nsamples=2,4,8", "seed=0,1,2,3"]
 FOUR = ["-m", "dataset.nsamples=2,4", "seed=0,1"]
 """Of the twelve."""
 EMBEDDED = [
-    "tracking=disabled", "reuse=false", "export=packed", "dataset.batch_size=2",
+    "tracking=disabled", "cache=false", "export=packed", "dataset.batch_size=2",
     "model.seqlen=32", "evaluation.datasets.embedded.max_windows=2",
 ]  # fmt: skip
 SLURM = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=30"]

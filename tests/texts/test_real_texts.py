@@ -63,7 +63,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
 
 def configure(*overrides: str) -> Config:
     with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", ["reuse=false", *overrides]))
+        return from_hydra(compose("config", ["cache=false", *overrides]))
 
 
 def rows_of(text: str) -> list[str]:

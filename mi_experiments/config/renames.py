@@ -1,0 +1,68 @@
+"""Names that keys and values had in earlier versions, and what they are called now.
+
+A config with an old name is refused in one line that gives the new one; a record with old names is
+read as if it had been written with the new ones.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mi_experiments.errors import InputError, as_typed
+
+KEYS = {
+    "reuse": "cache",
+    "recipe.input_share": "recipe.input_correction",
+    "recipe.residual_share": "recipe.residual_correction",
+}
+"""Keys of a config, to their names now; a renamed key stays in its group."""
+
+VALUES = {
+    "recipe.grid_fit": {"original": "static", "survivors": "compensated", "reached": "dynamic"},
+    "recipe.window_choice": {"reached": "dynamic"},
+}
+"""Values of a key, to their names now."""
+
+FIELDS = {"reused": "from_cache"}
+"""Fields of a record, to their names now."""
+
+
+def refuse_old_names(config: Mapping[str, Any]) -> None:
+    """Refuse a config with a name of an earlier version.
+
+    Raises:
+        InputError: there is one; in one line, which gives the new name.
+    """
+    for path, value in walk(config):
+        if path in KEYS:
+            raise InputError(
+                f"{path} is called {KEYS[path]} now: write {KEYS[path]}={as_typed(value)}"
+            )
+        new = VALUES.get(path, {}).get(str(value))
+        if new:
+            raise InputError(f"{path}={value} is called {new} now: write {path}={new}")
+
+
+def with_new_names(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """Return a config in which every key and value has its name of today."""
+    renamed = {}
+    for key, value in config.items():
+        path = KEYS.get(group + key, group + key)
+        if isinstance(value, Mapping):
+            value = with_new_names(value, f"{path}.")
+        renamed[path.removeprefix(group)] = VALUES.get(path, {}).get(str(value), value)
+    return renamed
+
+
+def record_with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record in which every field, and every name in its config, is that of today."""
+    renamed = {FIELDS.get(name, name): value for name, value in record.items()}
+    return renamed | {"config": with_new_names(renamed["config"])}
+
+
+def walk(config: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and the value of everything that a config says."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from walk(value, f"{group}{key}.")
+        else:
+            yield f"{group}{key}", value
