@@ -1,4 +1,4 @@
-"""What the loss feels is measured once a run, with one block in memory, and planned for."""
+"""Fisher information is measured once a run, with one block in memory, and planned for."""
 
 from collections.abc import Callable
 from pathlib import Path
