@@ -31,7 +31,7 @@ MAY_WRITE = {
     "comparison/formats.py": {"to_parquet", "to_csv"},
     "commands/compare.py": {"write_table"},
     # Into the folder that it is given, which stored_model makes, reads and removes.
-    "export/dense.py": {"save_pretrained", "to_json_file"},
+    "export/dense.py": {"save_pretrained", "write_bytes"},
     # Into a temporary folder, to be hashed.
     "texts/token_cache.py": {"save_pretrained"},
     # Locks, which hold nothing.

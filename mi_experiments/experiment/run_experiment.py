@@ -20,7 +20,7 @@ from mi_experiments.experiment.phases import PLAN, Run, check_samples, compress,
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.export.stored_model import PARTS, StoredModel, tidy
+from mi_experiments.export.stored_model import PARTS, StoredModel, read_settings, tidy
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
 from mi_experiments.persistence.commits import Commits
@@ -111,7 +111,7 @@ def compute(
         evaluate(run, "compressed", run.stored.weights)
     if config.export is Export.dense:
         with recorder.phase("export"):
-            run.stored.complete(run.opened.tokenizer)
+            run.stored.complete(run.opened)
     return run
 
 
@@ -142,10 +142,13 @@ def open_run(
     calibration = calibration_sequences(opened.tokenizer, config)
     held_out = held_out_sequences(opened.tokenizer, config) if config.has_safety_net else None
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
-    provenance = measure_provenance(config, source, opened.model, calibration, bos)
+    untied = opened.weights.untied
+    provenance = measure_provenance(config, source, opened.model, calibration, bos, untied)
     hashes = {text.name: text.sha256 for text in texts}
     begun = run_identity(config, provenance, hashes)
     commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
+    if config.export is Export.dense:
+        read_settings(opened, recorder.run_dir)  # what cannot be saved shows before hours are spent
     recorder.open()
     recorder.update(provenance=provenance)
     computed = computed_by(opened, provenance, config.model.blocks)

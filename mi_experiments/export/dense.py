@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mi_experiments.compression.pipeline import LinearGrid
 
@@ -47,21 +47,18 @@ def grid_tensors(grids: Mapping[str, LinearGrid]) -> dict[str, Tensor]:
 
 
 def write_settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path
+    settings: Mapping[str, bytes], tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> None:
     """Write config, generation settings and tokenizer of a model.
 
-    Published checkpoints (Vicuna) carry sampling settings that the library reads with a warning and
-    refuses to write; they have no part in compression and go through unchanged.
+    Published checkpoints carry settings that the library reads and refuses to write (Vicuna's for
+    sampling); they have no part in compression and go through unchanged.
 
     Args:
-        model: whose weights are or will be in the directory.
+        settings: content of the first two, by file name.
         tokenizer: of the model.
         directory: existing.
     """
-    config = model.config
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(directory)
-    if model.generation_config is not None:
-        model.generation_config.to_json_file(directory / "generation_config.json")
     tokenizer.save_pretrained(directory)
+    for name, content in settings.items():
+        (directory / name).write_bytes(content)

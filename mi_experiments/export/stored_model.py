@@ -13,13 +13,14 @@ from shutil import rmtree
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mi_experiments.compression.pipeline import CompressedBlock
 from mi_experiments.config.config import Config, Export
-from mi_experiments.errors import AuditError, ResumableError
+from mi_experiments.errors import AuditError, InputError, MiError, ResumableError
 from mi_experiments.export.dense import grid_tensors, write_settings
 from mi_experiments.export.packed import pack_linears
+from mi_experiments.llm.checkpoint import one_line
+from mi_experiments.llm.loading import OpenModel
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.persistence.atomic import disk_errors, temporary_sibling
 from mi_experiments.persistence.commits import Commits, Content
@@ -124,10 +125,14 @@ class StoredModel:
         hashes = [self.commits.files[name]["sha256"] for name in names]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def complete(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def finish(self, opened: OpenModel) -> None:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
 
+        Args:
+            opened: the original, whose settings and tokenizer these are.
+
         Raises:
+            InputError: the tokenizer cannot be saved.
             ResumableError: the disk is full, or a block was damaged since it was written.
         """
         rest = self.weights.stored_rest()
@@ -145,7 +150,7 @@ class StoredModel:
             places |= dict.fromkeys(found[0], Path(name).name)
             total += sum(tensor.numel() * tensor.element_size() for tensor in found[0].values())
         index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        settings = read_settings(self.weights.model, tokenizer, self.commits.run_dir)
+        settings = read_settings(opened, self.commits.run_dir)
         self.commits.commit({
             **{f"{MODEL}/{name}": content for name, content in settings.items()},
             f"{MODEL}/model.safetensors.index.json": (
@@ -177,21 +182,27 @@ class StoredModel:
                 raise AuditError(f"{name}: {key} on disk differs from what was compressed")
 
 
-def read_settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run_dir: Path
-) -> dict[str, bytes]:
+def read_settings(opened: OpenModel, run_dir: Path) -> dict[str, bytes]:
     """Let transformers write the settings of a model in a folder of their own, and read them.
 
     Raises:
+        InputError: the tokenizer cannot be saved.
         ResumableError: the disk is full.
     """
     folder = temporary_sibling(run_dir / MODEL)
     try:
         with disk_errors(run_dir / MODEL):
             folder.mkdir()
-            write_settings(model, tokenizer, folder)
+            write_settings(opened.settings, opened.tokenizer, folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    except MiError:
+        raise
+    except Exception as error:  # each tokenizer saves itself as it likes
+        raise InputError(
+            f"the tokenizer can be loaded but not saved ({one_line(error)}): without export=dense "
+            "it need not be"
+        ) from error
     finally:
         rmtree(folder, ignore_errors=True)
 

@@ -6,8 +6,8 @@ with what the user named is found before the weights are read where possible, an
 
 import hashlib
 import re
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,21 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
-    StrictDataclassError,
 )
 from transformers import (
-    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mi_experiments.errors import InputError
-from mi_experiments.llm.checkpoint import one_line, read_json, stored_dtype, weight_files
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.llm.checkpoint import one_line, stored_dtype, weight_files, weight_names
+from mi_experiments.llm.model_config import build_config, exported_settings
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.tokenizer_files import check_tokenizer_files, explain_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TEXT_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -120,11 +117,13 @@ class OpenModel:
         model: In eval mode, nothing trainable; everything outside the blocks is loaded.
         tokenizer: Of the model.
         weights: Loads and drops its blocks.
+        settings: Config and settings for generation, as files that an export holds.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     weights: BlockWeights
+    settings: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def open_model(
@@ -169,9 +168,8 @@ def open_model(
     tokenizer = load_tokenizer(source.directory)
     model = _build(config, attention, "eager", stored if dtype == "auto" else DTYPES[dtype])
     weights = BlockWeights.open(model, files, place, blocks)
-    if model.can_generate():
-        _take_generation_settings(model, source.directory)
-    return OpenModel(model, tokenizer, weights)
+    settings = exported_settings(model, source.directory, untied=bool(weights.untied))
+    return OpenModel(model, tokenizer, weights, settings)
 
 
 def load_model(
@@ -240,30 +238,32 @@ def _build(
         attention = "sdpa" if kind._supports_sdpa else "eager"
     if attention == "sdpa" and not kind._supports_sdpa:
         raise InputError(f"model.attention=sdpa is nothing that {kind.__name__} has; use eager")
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config,
-            attn_implementation=attention,
-            experts_implementation=experts,
-            trust_remote_code=False,
-            **({} if dtype is None else {"dtype": dtype}),
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config,
+                attn_implementation=attention,
+                experts_implementation=experts,
+                trust_remote_code=False,
+                **({} if dtype is None else {"dtype": dtype}),
+            )
+    except Exception as error:  # each architecture meets what makes no sense in its own way
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"config.json describes no {kind.__name__}: {reason}") from error
     model.train(False)
     model.requires_grad_(False)
     return model
 
 
-def _take_generation_settings(model: PreTrainedModel, directory: Path) -> None:
-    """Read the settings for generation, which an export passes on."""
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(directory)
-
-
 def choose_device(device: str) -> str:
-    """Resolve `auto`: the accelerator where there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Resolve `auto`: the accelerator where there is one.
+
+    Raises:
+        InputError: If this machine has no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(_parse_device(device))
 
 
 def content_hash(directory: str | Path) -> dict[str, str]:
@@ -273,31 +273,34 @@ def content_hash(directory: str | Path) -> dict[str, str]:
         directory: Local directory with config, weights and tokenizer.
 
     Returns:
-        SHA-256 in hexadecimal by file name, sorted by name.
+        SHA-256 in hexadecimal by file name, sorted by name; of weights in folders inside, by path.
 
     Raises:
-        InputError: If the directory is missing or has no such file.
+        InputError: If the directory is missing or has no such file, or its index is none.
     """
     folder = Path(directory)
-    names = sorted({file for kind in TEXT_FILES + WEIGHT_FILES for file in folder.glob(kind)})
+    found = {file for kind in TEXT_FILES + WEIGHT_FILES for file in folder.glob(kind)}
+    found |= {folder / name for name in weight_names(folder)}
+    names = sorted(file for file in found if file.is_file())
     if not names:
         raise InputError(f"{directory} is not a directory with the files of a model")
     hashes = {}
     for name in names:
         with name.open("rb") as file:
-            hashes[name.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            key = name.relative_to(folder).as_posix()
+            hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
 def _parse_device(device: str) -> torch.device:
     """Return the device if it is one that this machine has."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    match = re.fullmatch(r"cpu|cuda(?::(0|[1-9][0-9]*))?", device)
     if match is None:
-        raise InputError(f"model.device={device} is not one of cpu, cuda, cuda:N")
+        raise InputError(f"model.device={device} is not one of auto, cpu, cuda, cuda:N")
     if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"model.device={device}, but this machine has {torch.cuda.device_count()} GPUs; "
-            "use model.device=cpu"
+            f"model.device={device}, but this machine has {torch.cuda.device_count()} GPUs that "
+            f"torch {torch.__version__} can use; use model.device=cpu"
         )
     return torch.device(device)
 
@@ -306,29 +309,7 @@ def _read_config(directory: Path, attention: str) -> PreTrainedConfig:
     """Read the config of a model that can be loaded as a causal language model."""
     if attention not in {"auto", "sdpa", "eager"}:
         raise InputError(f"model.attention={attention} is not one of auto, sdpa, eager")
-    file = directory / "config.json"
-    if not file.is_file():
-        raise InputError(f"{directory} has no config.json, so it is not a model directory")
-    raw = read_json(file)
-    kind = str(raw.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        advice = "it needs its own code, which is never run" if "auto_map" in raw else "update it?"
-        raise InputError(f"{file}: model_type={kind} is unknown to transformers; {advice}")
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    architectures = raw.get("architectures") or [causal]
-    if causal is None or causal not in architectures:
-        raise InputError(
-            f"{file}: {kind} with architectures={architectures} is not a causal language model"
-        )
-    if "quantization_config" in raw:
-        raise InputError(f"{file}: the weights are already quantized; use the original checkpoint")
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
-        )
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{file} is not valid: {one_line(error)}") from error
-    return config
+    return build_config(directory)
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -337,9 +318,17 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     Raises:
         InputError: If the directory has none that can be used.
     """
+    check_tokenizer_files(directory)
     try:
-        return AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=False, local_files_only=True
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            directory,
+            config=build_config(directory),
+            trust_remote_code=False,
+            local_files_only=True,
         )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{directory} has no usable tokenizer: {one_line(error)}") from error
+    except MiError:
+        raise
+    except Exception as error:  # the tokenizers library raises no narrower one
+        reason = explain_tokenizer(directory, error)
+        raise InputError(f"{directory} has no usable tokenizer: {reason}") from error
+    return tokenizer

@@ -5,8 +5,9 @@ Which stored tensors become which parameter (fused experts, renamed keys, tied w
 knowledge of transformers: its own loading code is called, with the tensors of one block.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mi_experiments.errors import InputError
-from mi_experiments.llm.checkpoint import one_line, stored_shapes
+from mi_experiments.llm.checkpoint import one_line, stored_shapes, tensor_files
 from mi_experiments.llm.inventory import block_list
+
+log = logging.getLogger(__name__)
 
 META = torch.device("meta")
 
@@ -44,6 +47,8 @@ class BlockWeights:
         files: The file of each stored tensor of each block; under None of those outside the blocks.
         empty: What each block holds when it is dropped: shapes.
         conversions: How the tensors of a loaded block were renamed and fused.
+        untied: Weights that the config ties to others, and that are stored with values of their
+            own: they are kept apart.
     """
 
     model: PreTrainedModel
@@ -53,6 +58,7 @@ class BlockWeights:
     files: dict[int | None, Mapping[str, Path]]
     empty: tuple[Mapping[str, Tensor], ...]
     conversions: dict[int | None, Any] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
 
     @classmethod
     def open(
@@ -75,14 +81,14 @@ class BlockWeights:
                 or a file is damaged.
         """
         path, blocks = block_list(model, path)
-        places = {key: file for file in files for key in stored_shapes(file)}
-        _check_complete(model, files)
+        places = tensor_files(files)
+        missing = _check_complete(model, path, places)
         owned: dict[int | None, dict[str, Path]] = {}
         for key, owner in _owners(model, path, places).items():
             owned.setdefault(owner, {})[key] = places[key]
         empty = tuple(dict(block.state_dict(keep_vars=True)) for block in blocks)
         weights = cls(model, path, blocks, device, {**owned}, empty)
-        weights._load_rest()
+        weights._load_rest(missing)
         return weights
 
     def load(self, block: int) -> None:
@@ -159,19 +165,54 @@ class BlockWeights:
             raise InputError(f"the weights of {self.path}.{owner} have changed on disk")
         self.conversions[owner] = self.model._weight_conversions
 
-    def _load_rest(self) -> None:
-        """Load everything outside the blocks, and compute what no checkpoint stores."""
+    def _load_rest(self, missing: set[str]) -> None:
+        """Load everything outside the blocks, and compute what no checkpoint stores.
+
+        Args:
+            missing: Weights that no file holds; those that are tied take the value of another.
+        """
         model = self.model
         self._read(None)
         # Rotary frequencies and other buffers that are not stored: by the model's own rules.
         model._move_missing_keys_from_meta_to_device(set(), {"": self.device}, None, None)  # type: ignore[arg-type]
         model._initialize_missing_keys(False)
-        model.tie_weights(missing_keys=set(model.all_tied_weights_keys), recompute_mapping=False)
+        self._tie(missing)
         model.requires_grad_(False)
         inside = f"{self.path}."
         outside = {k: t for k, t in model.state_dict().items() if not k.startswith(inside)}
         if lacking := sorted(key for key, tensor in outside.items() if tensor.is_meta):
             raise InputError(f"the checkpoint lacks {len(lacking)} weights, such as {lacking[0]}")
+
+    def _tie(self, missing: set[str]) -> None:
+        """Tie what the config ties, but for stored weights that differ, as transformers does."""
+        tied = dict(self.model.all_tied_weights_keys)
+        with _silenced("transformers.modeling_utils"):
+            self.model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+        self.untied.extend(sorted(tied.keys() - self.model.all_tied_weights_keys.keys()))
+        if not self.untied:
+            return
+        for key in self.untied:
+            log.warning(
+                "%s is stored with other values than %s, although config.json ties them "
+                "(tie_word_embeddings): both are used as they are stored",
+                key,
+                tied[key],
+            )
+        # One entry of the config is for all of them: what is tied in memory is written twice.
+        self.model.all_tied_weights_keys.clear()
+        for config in (self.model.config, self.model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """Keep back what another library logs, because it is said in other words."""
+    logger = logging.getLogger(name)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _convert(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:
@@ -187,14 +228,27 @@ def _convert(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.d
     return report
 
 
-def _check_complete(model: PreTrainedModel, files: Sequence[Path]) -> None:
-    """Raise unless the files and the model have the same weights; reads shapes only."""
-    shapes = {key: shape for file in files for key, shape in stored_shapes(file).items()}
+def _check_complete(model: PreTrainedModel, path: str, places: Mapping[str, Path]) -> set[str]:
+    """Raise unless the files and the model have the same weights; reads shapes only.
+
+    Args:
+        model: On the meta device.
+        path: Path of its block list.
+        places: The file of each stored tensor.
+
+    Returns:
+        Weights of the model that are not stored: tied to one that is, or computed.
+    """
+    shapes = {
+        key: shape for file in set(places.values()) for key, shape in stored_shapes(file).items()
+    }
     tensors = {k: torch.empty(shape, dtype=model.dtype, device=META) for k, shape in shapes.items()}
     report = _convert(model, tensors, META)
+    missing = set(report.missing_keys)
     model._adjust_missing_and_unexpected_keys(report)
+    tied = _tied_to_stored(model, missing)
     found = {
-        "lacks": sorted(report.missing_keys - set(model.all_tied_weights_keys)),
+        "lacks": sorted(report.missing_keys - tied),
         "has unknown": sorted(report.unexpected_keys),
         "has of another shape": sorted(key for key, *_ in report.mismatched_keys),
         "cannot fuse": sorted(report.conversion_errors),
@@ -202,8 +256,24 @@ def _check_complete(model: PreTrainedModel, files: Sequence[Path]) -> None:
     if faults := [
         f"{verb} {len(keys)} weights, such as {keys[0]}" for verb, keys in found.items() if keys
     ]:
-        folder = files[0].parent
+        folder = min(places.values()).parent
         raise InputError(f"the checkpoint in {folder} does not fit: it {'; it '.join(faults)}")
+    if shared := sorted(key for key in tied if key.startswith(f"{path}.")):
+        raise InputError(
+            f"{shared[0]} is tied to another weight: blocks that share weights cannot be loaded "
+            "one at a time"
+        )
+    return missing
+
+
+def _tied_to_stored(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Return the missing weights that are tied to one that is stored, on whichever side."""
+    groups: dict[str, set[str]] = {}
+    for key, source in model.all_tied_weights_keys.items():
+        while source in model.all_tied_weights_keys:
+            source = model.all_tied_weights_keys[source]
+        groups.setdefault(source, {source}).add(key)
+    return {key for group in groups.values() if group - missing for key in group & missing}
 
 
 def _owners(model: PreTrainedModel, path: str, keys: Iterable[str]) -> dict[str, int | None]:

@@ -7,7 +7,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def measure_provenance(
     model: nn.Module,
     calibration: Int[Tensor, "nsamples seqlen"],
     calibration_bos: bool,
+    untied: Sequence[str] = (),
 ) -> Provenance:
     """Collect the provenance of a run whose model and calibration tokens are loaded."""
     device = next(model.parameters()).device
@@ -60,6 +61,7 @@ def measure_provenance(
         calibration_sha256=token_hash(calibration),
         calibration_samples=len(calibration),
         calibration_bos=calibration_bos,
+        untied=list(untied),
     )
 
 

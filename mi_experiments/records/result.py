@@ -167,6 +167,8 @@ class Provenance:
             in records without it.
         calibration_bos: whether a beginning token was put before each calibration document; None
             in records without it.
+        untied: weights that the config ties to others, and that are stored with other values: they
+            were kept apart.
     """
 
     numerics_version: int
@@ -183,6 +185,7 @@ class Provenance:
     calibration_sha256: str | None
     calibration_samples: int | None = None
     calibration_bos: bool | None = None
+    untied: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -25,7 +24,8 @@ from mi_experiments.compression.pipeline import CompressedBlock, CompressedLinea
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Export
 from mi_experiments.errors import AuditError, InputError, ResumableError
-from mi_experiments.export.stored_model import PARTS, StoredModel, same_bits, tidy
+from mi_experiments.export import stored_model
+from mi_experiments.export.stored_model import PARTS, StoredModel, read_settings, same_bits, tidy
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel, open_model
 from mi_experiments.method.pruning import Sparsity
@@ -147,7 +147,7 @@ def test_what_is_reloaded_is_what_was_in_memory(
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run")
     memory = store_all(opened, stored)
-    stored.complete(opened.tokenizer)
+    stored.complete(opened)
 
     reloaded, loading = AutoModelForCausalLM.from_pretrained(
         tmp_path / "run" / "model", experts_implementation="eager", output_loading_info=True
@@ -177,7 +177,7 @@ def test_the_index_names_every_weight_once(tmp_path: Path) -> None:
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run")
     store_all(opened, stored)
-    stored.complete(opened.tokenizer)
+    stored.complete(opened)
     folder = tmp_path / "run" / "model"
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -198,30 +198,81 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run")
     store_all(opened, stored)
-    stored.complete(opened.tokenizer)
+    stored.complete(opened)
     assert "lm_head.weight" not in stored_names(tmp_path / "run" / "model")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert reloaded.lm_head.weight is reloaded.model.embed_tokens.weight
 
 
-def test_sampling_settings_that_the_library_refuses_go_through(tmp_path: Path) -> None:
-    """They are read with a warning, as those of Vicuna are."""
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1}
-    save_model(tmp_path / "original", "llama", torch.float32, **settings)
+def test_a_head_with_values_of_its_own_is_exported(tmp_path: Path) -> None:
+    """Although the config that was read ties it to the embeddings."""
+    save_model(tmp_path / "original", "llama", torch.float32)
+    file = tmp_path / "original" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     opened = open_directory(tmp_path / "original")
-    before = opened.model.generation_config
-    opened.weights.load_all()
-    before.top_p = settings["top_p"] = 0.5
-    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
-        opened.model.save_pretrained(tmp_path / "refused")
     stored = open_stored(opened, tmp_path / "run")
     store_all(opened, stored)
-    stored.complete(opened.tokenizer)
-    written = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
-    assert {key: written[key] for key in settings} == settings
-    assert opened.model.generation_config is before
+    stored.complete(opened)
+    reloaded, loading = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "model", output_loading_info=True
+    )
+    assert not any(loading.values())
+    assert not reloaded.config.tie_word_embeddings
+    stored.weights.load_all()
+    assert torch.equal(logits(reloaded), logits(opened.model))
+    original = load_file(tmp_path / "original" / "model.safetensors")
+    assert torch.equal(reloaded.lm_head.weight, original["lm_head.weight"])
+
+
+def test_what_cannot_be_saved_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "original", "llama", torch.float32)
+    opened = open_directory(tmp_path / "original")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise NotImplementedError("no\nvocabulary")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuse)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(InputError, match=r"can be loaded but not saved \(no vocabulary\): without"):
+        read_settings(opened, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_sampling_settings_go_through(tmp_path: Path) -> None:
+    """They are read with a warning, as those of Vicuna are."""
+    settings = {"temperature": 0.9, "top_p": 0.5, "eos_token_id": 1}
+    save_model(tmp_path / "original", "llama", torch.float32, **settings)
+    opened = open_directory(tmp_path / "original")
+    stored = open_stored(opened, tmp_path / "run")
+    store_all(opened, stored)
+    stored.complete(opened)
+    written = tmp_path / "run" / "model" / "generation_config.json"
+    original = tmp_path / "original" / "generation_config.json"
+    assert written.read_bytes() == original.read_bytes()
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert reloaded.generation_config.temperature == 0.9
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"num_return_sequences": 3, "do_sample": false}',
+        '{"max_new_tokens": 0}',
+        '{"cache_implementation": "nonsense"}',
+        '{"early_stopping": "sometimes"}',
+        "[1, 2]",
+        "{",
+        "[" * 100_000 + "]" * 100_000,
+        "\x00\ufeff",
+    ],
+)
+def test_settings_that_the_library_refuses_go_through(content: str, tmp_path: Path) -> None:
+    """They have no part in compression; what reads them later may say what it thinks of them."""
+    save_model(tmp_path / "original", "llama", torch.float32)
+    (tmp_path / "original" / "generation_config.json").write_text(content)
+    (tmp_path / "run").mkdir()
+    written = read_settings(open_directory(tmp_path / "original"), tmp_path / "run")
+    assert written["generation_config.json"] == content.encode()
 
 
 @pytest.mark.parametrize(
@@ -355,7 +406,7 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     ("place", "name", "error"),
     [
-        (PreTrainedConfig, "save_pretrained", FULL),
+        (stored_model, "write_settings", FULL),
         (PreTrainedTokenizerFast, "save_pretrained", FULL),
         (PreTrainedTokenizerFast, "save_pretrained", Exception("full (os error 28)")),
         (Path, "replace", FULL),
@@ -382,7 +433,7 @@ def test_settings_are_there_completely_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, fail)
         with pytest.raises(kind) as caught:
-            stored.complete(opened.tokenizer)
+            stored.complete(opened)
     if kind is ResumableError:
         assert str(caught.value).startswith(str(tmp_path / "run" / "model"))
         assert "cannot be written" in str(caught.value)
@@ -394,7 +445,7 @@ def test_settings_are_there_completely_or_not_at_all(
         n: c for n, c in before.items() if n != "manifest.json"
     }
     assert not any(path.name.startswith(".") for path in (tmp_path / "run").rglob("*"))
-    stored.complete(opened.tokenizer)
+    stored.complete(opened)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     stored.weights.load_all()
     assert torch.equal(logits(reloaded), logits(opened.model))

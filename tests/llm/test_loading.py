@@ -115,8 +115,8 @@ def test_float16_of_a_bfloat16_checkpoint_must_be_insisted_on(
     ("changes", "message"),
     [
         ({"dtype": "int8"}, "model.dtype=int8 is not one of auto, float32, bfloat16, float16"),
-        ({"device": "gpu"}, "model.device=gpu is not one of cpu, cuda, cuda:N"),
-        ({"device": "meta"}, "model.device=meta is not one of cpu, cuda, cuda:N"),
+        ({"device": "gpu"}, "model.device=gpu is not one of auto, cpu, cuda, cuda:N"),
+        ({"device": "meta"}, "model.device=meta is not one of auto, cpu, cuda, cuda:N"),
         ({"device": "cuda:99"}, "model.device=cuda:99, but this machine has "),
         ({"revision": "main"}, "model.revision=main is for hub ids, but model.path="),
     ],
