@@ -33,6 +33,7 @@ from mi_experiments.texts.sources import (
     evaluation_texts,
     find_texts,
     held_out_sequences,
+    report_overlap,
 )
 from mi_experiments.texts.windows import adds_bos
 
@@ -122,6 +123,7 @@ def open_run(
     memory = plan_run(config, recorder.run_dir)
     progress.say(in_a_line(memory))
     find_texts(config)
+    overlap, left_out = report_overlap(config)
     source = locate_model(
         find_model(config.model.path),
         revision=config.model.revision,
@@ -142,8 +144,16 @@ def open_run(
     calibration = calibration_sequences(opened.tokenizer, config)
     held_out = held_out_sequences(opened.tokenizer, config) if config.has_safety_net else None
     bos = adds_bos(opened.tokenizer, config.dataset.add_bos)
-    untied = opened.weights.untied
-    provenance = measure_provenance(config, source, opened.model, calibration, bos, untied)
+    provenance = measure_provenance(
+        config,
+        source,
+        opened.model,
+        calibration,
+        bos,
+        opened.weights.untied,
+        overlap=overlap,
+        left_out=left_out,
+    )
     hashes = {text.name: text.sha256 for text in texts}
     begun = run_identity(config, provenance, hashes)
     commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))

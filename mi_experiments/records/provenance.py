@@ -21,6 +21,7 @@ from mi_experiments.config.identity import NUMERICS_VERSION, asked_config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.llm.loading import ModelSource, content_hash
 from mi_experiments.records.result import Provenance
+from mi_experiments.texts.overlap import Overlap
 from mi_experiments.texts.windows import token_hash
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
@@ -36,8 +37,22 @@ def measure_provenance(
     calibration: Int[Tensor, "nsamples seqlen"],
     calibration_bos: bool,
     untied: Sequence[str] = (),
+    *,
+    overlap: Overlap | None = None,
+    left_out: int = 0,
 ) -> Provenance:
-    """Collect the provenance of a run whose model and calibration tokens are loaded."""
+    """Collect the provenance of a run whose model and calibration tokens are loaded.
+
+    Args:
+        config: of the run.
+        source: of the model.
+        model: that was loaded.
+        calibration: token ids.
+        calibration_bos: whether a beginning token was put before each document.
+        untied: weights that the config ties to others and that are stored with other values.
+        overlap: what the calibration text has in common with evaluation texts; None without files.
+        left_out: how many documents and passages of that are left out of the calibration.
+    """
     device = next(model.parameters()).device
     arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -62,6 +77,10 @@ def measure_provenance(
         calibration_samples=len(calibration),
         calibration_bos=calibration_bos,
         untied=list(untied),
+        calibration_documents=overlap and overlap.documents,
+        calibration_duplicates=overlap and overlap.duplicates,
+        calibration_shared=overlap and len(overlap.shared),
+        calibration_left_out=left_out if overlap else None,
     )
 
 

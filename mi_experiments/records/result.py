@@ -169,6 +169,11 @@ class Provenance:
             in records without it.
         untied: weights that the config ties to others, and that are stored with other values: they
             were kept apart.
+        calibration_documents: documents that calibration may draw from and `calibration_left_out`;
+            None where it reads no file, and in records without it, as are the next three.
+        calibration_duplicates: of these, how many repeat an earlier one.
+        calibration_shared: how many, passages of running text too, evaluation has as well.
+        calibration_left_out: how many of those are not drawn from: all, or none if published.
     """
 
     numerics_version: int
@@ -186,6 +191,10 @@ class Provenance:
     calibration_samples: int | None = None
     calibration_bos: bool | None = None
     untied: list[str] = field(default_factory=list)
+    calibration_documents: int | None = None
+    calibration_duplicates: int | None = None
+    calibration_shared: int | None = None
+    calibration_left_out: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,14 @@
 """Where documents come from: files, and published corpora at pinned revisions."""
 
+import gzip
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import datasets
-from datasets.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -26,13 +23,8 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.checkpoint import one_line
-
-# Not `load_dataset`, which asks the network even for a local file.
-ARROW_READERS: dict[str, Callable[[str], datasets.Dataset]] = {
-    ".parquet": datasets.Dataset.from_parquet,
-    ".json.gz": datasets.Dataset.from_json,
-    ".jsonl.gz": datasets.Dataset.from_json,
-}
+from mi_experiments.persistence.atomic import file_hash
+from mi_experiments.texts.columns import READERS, read_column
 
 
 def locate_corpus(
@@ -114,87 +106,145 @@ def read_documents(path: str | Path, text_field: str = "text") -> Sequence[str]:
 
     Args:
         path: `.txt` (the whole file is one document), `.jsonl` (one JSON object a line), or
-            `.parquet`, `.json.gz`, `.jsonl.gz` (rows, memory-mapped through `datasets`).
+            `.parquet`, `.json.gz`, `.jsonl.gz` (rows, memory-mapped through `datasets`); in
+            capitals too. A byte order mark is not part of the text.
         text_field: the field or column that holds the text; not used for `.txt`.
 
     Raises:
-        InputError: the file is missing, empty, of another kind, not UTF-8, not valid JSON, or a
-            row has no such field.
+        InputError: the file is missing, empty, cut off, of another kind, not UTF-8, not valid JSON,
+            or a row has no such field or no text in it.
     """
     path = existing_file(path)
-    for ending, reader in ARROW_READERS.items():
-        if path.name.endswith(ending):
-            return _arrow_documents(reader, path, text_field)
-    if path.suffix not in {".txt", ".jsonl"}:
-        known = ", ".join([".txt", ".jsonl", *ARROW_READERS])
-        raise InputError(f"{path}: cannot read this kind of file; give one of {known}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
-    documents = [text] if path.suffix == ".txt" else list(_json_lines(text, path, text_field))
+    ending = kind(path)
+    documents: Sequence[str]
+    if ending == ".txt":
+        documents = [_read_text(path)]
+    elif ending == ".jsonl":
+        with path.open("rb") as lines:
+            documents = list(_json_lines(lines, path, text_field))
+    else:
+        documents = _read_rows(path, text_field)
     if not any(document.strip() for document in documents):
         raise InputError(f"{path}: no text in the file; give a file with text")
     return documents
 
 
 def existing_file(path: str | Path) -> Path:
-    """Return the path of a file, if it is there and holds anything.
+    """Return the path of a file, if it can be read and holds anything.
 
     Raises:
         InputError: it does not.
     """
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError as error:  # the home of a user who does not exist
+        raise InputError(f"{path}: {one_line(error)}; give the whole path") from error
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a .txt, .jsonl or .parquet file")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; give a file with text")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path}: you may not read this file; change its permissions")
     return path
 
 
-def _json_lines(text: str, path: Path, text_field: str) -> Iterator[str]:
+def kind(path: Path) -> str:
+    """Return the ending of a file, in small letters, that says how its documents are read.
+
+    Raises:
+        InputError: files of this kind cannot be read.
+    """
+    known = (".txt", ".jsonl", *READERS)
+    found = next((ending for ending in known if path.name.lower().endswith(ending)), None)
+    if found is None:
+        listed = ", ".join(known)
+        raise InputError(f"{path}: cannot read this kind of file; give one of {listed}")
+    return found
+
+
+def same_content(path: Path, other: Path) -> bool:
+    """Say whether two names lead to one file, or to copies of it that are read alike."""
+    if path.samefile(other):
+        return True
+    if kind(path) != kind(other) or path.stat().st_size != other.stat().st_size:
+        return False
+    return file_hash(path) == file_hash(other)
+
+
+def _read_text(path: Path) -> str:
+    """Return the text of a file, without a byte order mark, its line ends as line feeds."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8 text; convert it first") from None
+
+
+def _json_lines(lines: Iterable[bytes], path: Path, text_field: str) -> Iterator[str]:
     """Yield the text field of every line that is not blank."""
-    # Not splitlines(), which also cuts at characters that are legal inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON ({error.msg})") from None
-        if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            row = json.loads(text) if text.strip() else None
+        except UnicodeDecodeError:
+            reason = "not UTF-8 text; convert it first"
+            raise InputError(f"{path}, line {number}: {reason}") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", one_line(error))
+            raise InputError(f"{path}, line {number}: not valid JSON ({reason})") from None
+        if not text.strip():
+            continue
+        if not isinstance(row, dict) or text_field not in row:
             fields = ", ".join(row) if isinstance(row, dict) else "not a JSON object"
             raise InputError(
                 f"{path}, line {number}: no text in field '{text_field}' (there is: {fields}); "
                 "set text_field"
             )
+        if not isinstance(row[text_field], str):
+            raise InputError(
+                f"{path}, line {number}: no text in field '{text_field}' (it holds "
+                f"{json.dumps(row[text_field])[:20]}); remove the line, or set text_field"
+            )
+        if not _is_unicode(row[text_field]):
+            raise InputError(
+                f"{path}, line {number}: field '{text_field}' is not valid Unicode (half of a "
+                "surrogate pair); remove or correct the line"
+            )
         yield row[text_field]
 
 
-def _arrow_documents(
-    reader: Callable[[str], datasets.Dataset], path: Path, text_field: str
-) -> Sequence[str]:
-    """Return one column of a file of rows, memory-mapped."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
+def _is_unicode(text: str) -> bool:
+    """Say whether a text can be written as UTF-8."""
     try:
-        rows = reader(str(path))
-    except StopIteration:  # what the JSON builder does with a file that unpacks to nothing
-        raise InputError(f"{path}: no rows in the file; give a file with text") from None
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        raise InputError(f"{path}: cannot be read as {kind} ({reason})") from error
-    finally:
-        if shown:
-            enable_progress_bars()
-    if text_field not in rows.column_names:
-        fields = ", ".join(rows.column_names)
-        raise InputError(f"{path}: no column '{text_field}' (there is: {fields}); set text_field")
-    if len(rows) == 0:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_rows(path: Path, text_field: str) -> Sequence[str]:
+    """Return one column of a file of rows, memory-mapped; of JSON that `datasets` refuses, a list.
+
+    Raises:
+        InputError: the file is damaged, or not every row has text.
+    """
+    try:
+        return read_column(path, kind(path), text_field)
+    except InputError:
+        if kind(path) == ".parquet":
+            raise
+    # Line by line, which names the line that is wrong.
+    try:
+        with gzip.open(path, "rb") as lines:
+            try:
+                documents = list(_json_lines(lines, path, text_field))
+            except InputError:
+                while lines.read(1 << 20):  # where it is damaged, that is the reason
+                    pass
+                raise
+    except (EOFError, OSError, zlib.error) as error:
+        reason = f"the file is damaged or cut off ({one_line(error)}); fetch it again"
+        raise InputError(f"{path}: {reason}") from None
+    if not documents:
         raise InputError(f"{path}: no rows in the file; give a file with text")
-    stored = rows.data.column(text_field)
-    if str(stored.type) not in {"string", "large_string"} or stored.null_count:
-        raise InputError(f"{path}: column '{text_field}' is not text in every row; set text_field")
-    documents: Sequence[str] = rows[text_field]
     return documents

@@ -1,7 +1,9 @@
 """From config to tokens: calibration sequences and evaluation windows that never overlap."""
 
+import dataclasses
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +14,22 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mi_experiments.config.config import Config
-from mi_experiments.config.texts import CorpusConfig, DatasetConfig, Windows
+from mi_experiments.config.texts import CorpusConfig, DatasetConfig, Sampling, Windows
 from mi_experiments.embedded import language
-from mi_experiments.errors import InputError
-from mi_experiments.texts.corpora import existing_file, locate_corpus, read_documents
+from mi_experiments.texts.corpora import (
+    existing_file,
+    kind,
+    locate_corpus,
+    read_documents,
+    same_content,
+)
+from mi_experiments.texts.overlap import PASSAGE, Overlap, Span, cut_out
+from mi_experiments.texts.separation import find_overlap, hold_out
 from mi_experiments.texts.sequences import calibration_tokens, held_out_tokens
-from mi_experiments.texts.token_cache import cache_key, cached
+from mi_experiments.texts.token_cache import cache_key, tokens_of
 from mi_experiments.texts.windows import EvaluationWindows, evaluation_windows, token_hash
+
+log = logging.getLogger(__name__)
 
 EMBEDDED_EVALUATION_DOCUMENTS = 1000
 """Documents of the synthetic language when the number of windows is not limited."""
@@ -61,6 +72,7 @@ class Source:
         holdout: the last share of the documents, which only the evaluation reads; None where the
             text serves for one purpose.
         purpose: calibration or evaluation.
+        left_out: of the documents, those and the parts that are not read.
     """
 
     files: tuple[Path, ...]
@@ -69,22 +81,30 @@ class Source:
     separator: str | None
     holdout: float | None
     purpose: Literal["calibration", "evaluation"]
+    left_out: tuple[Span, ...] = ()
 
-    def read(self) -> Sequence[str]:
-        """Return the documents."""
+    def documents(self) -> Sequence[str]:
+        """Return the documents before they are joined: held out first, then counted."""
         read = [read_documents(file, self.text_field) for file in self.files]
         documents = read[0] if len(read) == 1 else [row for rows in read for row in rows]
-        if self.first_rows is not None:
-            documents = documents[: self.first_rows]
         if self.holdout is not None:
             documents = hold_out(documents, self.holdout)[self.purpose == "evaluation"]
+        if self.first_rows is not None:
+            documents = documents[: self.first_rows]
+        return cut_out(documents, self.left_out) if self.left_out else documents
+
+    def read(self) -> Sequence[str]:
+        """Return the documents, or the one that they are joined to."""
+        documents = self.documents()
         return documents if self.separator is None else [self.separator.join(documents)]
+
+    def reading(self) -> dict[str, object]:
+        """Return what decides the documents, beside the content of the files."""
+        return vars(self) | {"files": [kind(file) for file in self.files]}
 
     def key(self, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, object]) -> str:
         """Return the name in the token cache of this text, cut with these options."""
-        reading = {name: value for name, value in vars(self).items() if name != "files"}
-        kinds = [file.suffix for file in self.files]
-        return cache_key(tokenizer, self.files, {"reading": reading, "kinds": kinds, **options})
+        return cache_key(tokenizer, self.files, {"reading": self.reading(), **options})
 
 
 def find_texts(config: Config) -> list[Path]:
@@ -105,13 +125,13 @@ def calibration_source(config: Config) -> Source | None:
     dataset = config.dataset
     if dataset.corpus == "embedded":
         return None
-    shared = any(shares_file(dataset.path, text) for text in config.evaluation.datasets.values())
+    shared = any(shares_file(dataset, text) for text in config.evaluation.datasets.values())
     return Source(
         files=find_files(dataset, config),
         text_field=dataset.text_field,
         first_rows=None,
         separator=dataset.separator,
-        holdout=dataset.holdout if shared and dataset.corpus == "text" else None,
+        holdout=dataset.holdout if shared else None,
         purpose="calibration",
     )
 
@@ -120,7 +140,7 @@ def evaluation_source(text: CorpusConfig, config: Config) -> Source | None:
     """Find an evaluation text; None for the package's own language."""
     if text.corpus == "embedded":
         return None
-    shared = text.corpus == "text" and shares_file(config.dataset.path, text)
+    shared = shares_file(config.dataset, text)
     return Source(
         files=find_files(text, config),
         text_field=text.text_field,
@@ -147,6 +167,47 @@ def find_files(text: DatasetConfig | CorpusConfig, config: Config) -> tuple[Path
     )
 
 
+def separate_calibration(config: Config) -> tuple[Source | None, Overlap | None]:
+    """Find the calibration text without what evaluation texts have too, and say what that is.
+
+    A published draw of a published corpus is left as it is. Of such a corpus, what is shorter than
+    a passage is a phrase, such as a heading, and no document.
+
+    Raises:
+        InputError: nothing is left, or calibration is to read a file that evaluation reads.
+    """
+    source = calibration_source(config)
+    if source is None:
+        return None, None
+    texts = config.evaluation.datasets
+    others = {name: evaluation_source(text, config) for name, text in texts.items()}
+    published = config.dataset.corpus in config.corpora
+    overlap = find_overlap(
+        source,
+        {name: other for name, other in others.items() if other is not None},
+        least=PASSAGE if published else 1,
+        use_cache=config.cache,
+    )
+    if published and config.dataset.sampling is Sampling.published:
+        return source, overlap
+    return dataclasses.replace(source, left_out=overlap.shared), overlap
+
+
+def report_overlap(config: Config) -> tuple[Overlap | None, int]:
+    """Warn of calibration text that evaluation has too; return that, and how much is left out."""
+    source, overlap = separate_calibration(config)
+    if source is None or overlap is None:
+        return None, 0
+    if overlap.shared:
+        log.warning(
+            "of the %d calibration documents, evaluation has %d documents or passages too; %s",
+            overlap.documents,
+            len(overlap.shared),
+            "they are left out" if source.left_out else "they stay, as the draw is the published",
+        )
+    return overlap, len(source.left_out)
+
+
 def calibration_sequences(
     tokenizer: PreTrainedTokenizerBase, config: Config
 ) -> Int[Tensor, "sequences seqlen"]:
@@ -160,7 +221,7 @@ def calibration_sequences(
         "allow_fewer": dataset.allow_fewer,
         "add_bos": dataset.add_bos,
     }
-    source = calibration_source(config)
+    source, _ = separate_calibration(config)
     if source is None:
         wanted = dataset.nsamples * dataset.seqlen
         documents = language.documents("calibration", calibration_documents(wanted))
@@ -169,7 +230,7 @@ def calibration_sequences(
     def draw() -> dict[str, Tensor]:
         return {"tokens": calibration_tokens(tokenizer, source.read(), **options)}
 
-    return tokens_of(source.key(tokenizer, options), draw, config)["tokens"]
+    return tokens_of(source.key(tokenizer, options), draw, config.cache)["tokens"]
 
 
 def held_out_sequences(
@@ -191,7 +252,7 @@ def held_out_sequences(
         "sampling": dataset.sampling,
         "add_bos": dataset.add_bos,
     }
-    source = calibration_source(config)
+    source, _ = separate_calibration(config)
     if source is None:
         # The synthetic language never ends: documents that calibration does not reach.
         first = calibration_documents(dataset.nsamples * dataset.seqlen)
@@ -208,7 +269,7 @@ def held_out_sequences(
         return {"tokens": held_out}
 
     key = {**options, "held_out": count, "nsamples": dataset.nsamples}
-    return cached(source.key(tokenizer, key), draw)["tokens"]
+    return tokens_of(source.key(tokenizer, key), draw, config.cache)["tokens"]
 
 
 def calibration_documents(tokens: int) -> int:
@@ -249,7 +310,7 @@ def cut_text(
             return evaluation_windows(tokenizer, source.read(), **options).to_tensors()
 
         cut = EvaluationWindows.from_tensors(
-            tokens_of(source.key(tokenizer, options), compute, config)
+            tokens_of(source.key(tokenizer, options), compute, config.cache)
         )
     return EvaluationText(
         name=name,
@@ -263,41 +324,11 @@ def cut_text(
     )
 
 
-def tokens_of(
-    key: str, compute: Callable[[], dict[str, Tensor]], config: Config
-) -> dict[str, Tensor]:
-    """Return tokens from their cache, or computed where nothing is to come from a cache."""
-    return cached(key, compute) if config.cache else compute()
-
-
-def shares_file(path: str | None, text: CorpusConfig) -> bool:
-    """Say whether an evaluation text is the file that calibration reads."""
-    if path is None or text.path is None:
+def shares_file(dataset: DatasetConfig, text: CorpusConfig) -> bool:
+    """Say whether an evaluation text is the user's file that calibration reads, or a copy of it."""
+    if not dataset.corpus == text.corpus == "text":
         return False
-    return Path(path).expanduser().resolve() == Path(text.path).expanduser().resolve()
-
-
-def hold_out(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
-    """Split documents into those for calibration and the last share, for evaluation.
-
-    A single document is cut at the white space nearest before the share.
-
-    Raises:
-        InputError: nothing would be left on one side.
-    """
-    if len(documents) > 1:
-        kept = len(documents) - math.ceil(share * len(documents))
-        parts = list(documents[:kept]), list(documents[kept:])
-    else:
-        text = documents[0]
-        cut = text.rfind(" ", 0, int(len(text) * (1 - share)))
-        parts = [text[: max(cut, 0)]], [text[max(cut, 0) :]]
-    if not all(any(document.strip() for document in part) for part in parts):
-        raise InputError(
-            f"dataset.holdout={share} leaves no text on one side: "
-            "give a longer file, or another file to the evaluation"
-        )
-    return parts
+    return same_content(existing_file(str(dataset.path)), existing_file(str(text.path)))
 
 
 def true_perplexity(documents: Sequence[str], seqlen: int) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from mi_experiments.persistence.atomic import disk_errors, file_hash
 from mi_experiments.persistence.cache import cache_root, content_key, find_or_compute
 
-FORMAT = 2
+FORMAT = 3
 """Raised by every change in how documents are read, tokenized, cut or stored."""
 
 LIBRARIES = ("tokenizers", "transformers", "datasets")
@@ -59,3 +59,10 @@ def cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     """
     path = cache_directory() / f"{key}.safetensors"
     return dict(find_or_compute(path, lambda: (compute(), {}))[0])
+
+
+def tokens_of(
+    key: str, compute: Callable[[], dict[str, Tensor]], use_cache: bool
+) -> dict[str, Tensor]:
+    """Return tensors from their cache, or computed where nothing is to come from a cache."""
+    return cached(key, compute) if use_cache else compute()

@@ -339,7 +339,7 @@ def test_documents_are_split_once_and_in_order(count: int, share: float) -> None
             hold_out(documents, share)
         return
     kept, held = hold_out(documents, share)
-    assert kept + held == documents
+    assert [*kept, *held] == documents
     assert len(held) == math.ceil(share * count)
 
 
