@@ -14,12 +14,14 @@ from torch import Tensor
 from mi_experiments.compression.factorize_site import SiteStatistics, fill_dead
 from mi_experiments.config.config import Config
 from mi_experiments.config.recipe import DeadChannels, GridFit, WindowChoice
+from mi_experiments.method.audit import vanishes
 from mi_experiments.method.damping import damp
 from mi_experiments.method.gptq_groups import sweep_and_fit
 from mi_experiments.method.grid import UNQUANTIZED, Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.refine import refine
+from mi_experiments.method.relative_error import relative_error
 from mi_experiments.method.sparsegpt import Swept, sweep
 from mi_experiments.method.targets import Drift, choose_input_correction, correct_target
 from mi_experiments.planning.plan import LinearPlan
@@ -66,6 +68,10 @@ def solve_linear(
     target = aim(original, hessian, factor, statistics.drift, config)
     swept, grid = solve(target, hessian, factor, linear_plan, config)
     status = "escalated" if len(statistics.attempts) > 1 else "compressed"
+    if hessian.is_dead:
+        status = "dead"
+    elif vanishes(target, swept, grid):
+        status = "vanished"
     return Solution(status, target, swept, grid, linear_plan.bits, sparsity)
 
 
@@ -213,7 +219,4 @@ def output_error(
     hessian: Hessian,
 ) -> float:
     """Return ‖(Ŵ − W)X‖² / ‖WX‖² on the inputs that the Hessian was measured on."""
-    change = compressed - original
-    energy = torch.sum(original @ hessian.matrix * original, dtype=torch.float64)
-    error = torch.sum(change @ hessian.matrix * change, dtype=torch.float64)
-    return float(error / energy) if energy > 0 else 0.0
+    return relative_error(compressed - original, original, hessian.matrix)

@@ -54,8 +54,10 @@ class SiteStatistics:
 
     @cached_property
     def total_correlation(self) -> float | None:
-        """Of the channels, nats; None without a factor."""
-        return None if self.factor is None else total_correlation(self.factor)
+        """Of the channels, nats; None without a factor, or where no channel carries anything."""
+        if self.factor is None or self.hessian.is_dead:
+            return None
+        return total_correlation(self.factor)
 
     def order(self) -> Int64[Tensor, "columns"]:
         """Return the order in which the channels are swept; natural where they are not."""
@@ -110,6 +112,8 @@ def factorize_site(
     window = max(1, *(sparsity.m for sparsity in sparsities))
     order = sweep_order(hessian.diagonal, recipe.order, window=window)
     escalate = recipe.on_singular is OnSingular.escalate
+    if hessian.is_dead and recipe.on_singular is OnSingular.skip:
+        return replace(without, attempts=(recipe.damping,))
     try:
         factor = factorize(
             fill_dead(hessian, config),
@@ -130,7 +134,11 @@ def fill_dead(hessian: Hessian, config: Config) -> Hessian:
     """Give channels that were zero on every token the diagonal that the recipe says, if any.
 
     It is said in units of 2/nsamples XᵀX, a sum over the tokens of each sequence, as published.
+    Where all channels are dead, none can be preferred to another: then it is 1 in any case, which
+    rounds to nearest and prunes by magnitude.
     """
+    if hessian.is_dead:
+        return replace(hessian, matrix=torch.eye(len(hessian.matrix)).to(hessian.matrix))
     if not config.recipe.dead_diagonal or not hessian.dead.any():
         return hessian
     energy = config.recipe.dead_diagonal / config.dataset.seqlen

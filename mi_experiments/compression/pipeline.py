@@ -36,8 +36,9 @@ from mi_experiments.llm.inventory import LinearView, take_inventory
 from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.method.audit import audit_linear
-from mi_experiments.method.bit_count import count_storage
+from mi_experiments.method.bit_count import average_bits, count_storage
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.sixteen_bits import round_to_half
 from mi_experiments.out_of_memory import count_retries, give_back
 from mi_experiments.planning.plan import LinearPlan, Plan
 from mi_experiments.records.result import CHANGED, LinearReport
@@ -170,16 +171,16 @@ def compress_linear(
     original = linear.read_weight()
     with count_retries() as retries:
         solution = solve_linear(original, statistics, linear_plan, config)
-    swept, grid, sparsity = solution.swept, solution.grid, solution.sparsity
-    if solution.status in CHANGED:
-        linear.write_weight(swept.weight)
+    grid, sparsity = solution.grid, solution.sparsity
+    swept, half = round_to_half(solution.swept, grid, linear.dtype)
+    linear.write_weight(swept.weight)
     alone = config.bit_scope is Scope.linear and not config.wbits.tied
     linear_budget = alone and solution.status in CHANGED
     audit = audit_linear(
         swept,
         grid,
         sparsity,
-        original=original,
+        original=original if half is None else original.to(half),
         order=statistics.order(),
         mask_block=pattern_block(linear.columns, sparsity, config),
         selection=config.recipe.selection,
@@ -219,6 +220,8 @@ def compress_linear(
         retries=statistics.retries + retries.count,
         seconds=time.perf_counter() - started,
         status=solution.status,
+        unquantized_dtype=None if half is None else str(half).removeprefix("torch."),
+        planned_bits=average_bits(linear_plan.bits),
     )
     return CompressedLinear(linear, report, stored_form(solution, linear_plan), sparsity)
 

@@ -12,7 +12,21 @@ from mi_experiments.records.result import Bits, LinearReport, total_bits, weight
 
 log = logging.getLogger(__name__)
 
-FALLEN_BACK = ("escalated", "skipped")
+FALLEN_BACK = ("escalated", "skipped", "vanished")
+
+SINGULAR = "their Hessian is not positive definite at recipe.damping"
+SAID = {
+    "escalated": SINGULAR,
+    "skipped": SINGULAR,
+    "vanished": "weights of them are too small for the scales that recipe.scale_bits stores",
+    "kept": (
+        "were kept at 16 bits a weight, because fewer than recipe.min_tokens tokens reach them"
+    ),
+    "dead": (
+        "read nothing but zeros from calibration, and were compressed without knowing what matters"
+    ),
+}
+"""What is said of linears by their status."""
 
 
 def check_budget(linears: Sequence[LinearReport], plan: Plan) -> Bits:
@@ -72,23 +86,37 @@ def check_fallbacks(linears: Sequence[LinearReport], bits: Bits, max_escalated: 
     """Refuse a run in which too many linears were not compressed as asked; warn of any.
 
     Raises:
-        NumericalError: the share of linears that were escalated or skipped is above
+        NumericalError: the share of linears that were escalated, skipped or vanished is above
             `max_escalated`.
     """
+    by_status = {status: [x for x in linears if x.status == status] for status in SAID}
+    cost = f"average bits {bits.average:.4f} where {bits.requested:g} were requested"
+    for status in ("kept", "dead"):
+        if found := by_status[status]:
+            log.warning(
+                "%s", f"{describe(found, linears)} {SAID[status]}, first {found[0].name}; {cost}"
+            )
     fallen = [linear for linear in linears if linear.status in FALLEN_BACK]
     if not fallen:
         return
     counts = Counter(linear.status for linear in fallen)
-    share = len(fallen) / len(linears)
+    causes = dict.fromkeys(SAID[status] for status in FALLEN_BACK if counts[status])
     line = (
-        f"{len(fallen)} of {len(linears)} linears ({share:.0%}) were not compressed as asked, "
-        f"because their Hessian is not positive definite at recipe.damping: "
+        f"{describe(fallen, linears)} were not compressed as asked, because {' or '.join(causes)}: "
         f"{', '.join(f'{count} {status}' for status, count in sorted(counts.items()))}, first "
-        f"{fallen[0].name}; average bits {bits.average:.4f} where {bits.requested:g} were requested"
+        f"{fallen[0].name}; {cost}"
     )
-    if share > max_escalated:
+    if len(fallen) / len(linears) > max_escalated:
+        remedies = "calibrate on more tokens, raise recipe.damping, or allow it"
+        if counts["vanished"]:
+            remedies = f"set recipe.scale_bits=32, {remedies}"
         raise NumericalError(
             f"{line}. recipe.max_escalated={max_escalated:g} allows less. Everything is computed "
-            "and recorded: calibrate on more tokens, raise recipe.damping, or allow it"
+            f"and recorded: {remedies}"
         )
     log.warning("%s", line)
+
+
+def describe(chosen: Sequence[LinearReport], linears: Sequence[LinearReport]) -> str:
+    """Say how many linears they are, of all."""
+    return f"{len(chosen)} of {len(linears)} linears ({len(chosen) / len(linears):.0%})"

@@ -1,13 +1,14 @@
 """Write compressed linears in exactly the bits that `effective_bits` counts, and read them back.
 
-`packed/BLOCK.safetensors` holds five byte streams a linear (`NAME.codes`, `.scales`,
-`.zero_points`, `.pattern`, `.group_index`) and, in its header, the `Layout` of each. It is the
-proof of the accounting and the compact form for storage; no runtime of this project computes on it.
+`packed/BLOCK.safetensors` holds up to five byte streams a linear (`NAME.codes`, `.scales`,
+`.zero_points`, `.pattern`, `.group_index`; none that is empty) and, in its header, the `Layout` of
+each. Linears that were left as they are, at 16 bits a weight, are there too. It is the proof of the
+accounting and the compact form for storage; no runtime of this project computes on it.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from mi_experiments.compression.pipeline import CompressedLinear
+from mi_experiments.compression.pipeline import CompressedLinear, LinearGrid
 from mi_experiments.method.bit_count import Layout, find_layout
 from mi_experiments.method.bit_packing import STREAMS, pack, unpack
 from mi_experiments.method.grid import UNQUANTIZED, Grid
@@ -31,7 +32,7 @@ def pack_linears(
     """Return the streams and layouts of linears, as a safetensors file holds them.
 
     Args:
-        linears: of one block, whose weights the model still holds.
+        linears: all of one block, whose weights the model still holds.
         symmetric: whether zero points follow from the widths and are not stored.
         scale_bits: 16 for float16 scales, 32 for float32.
     """
@@ -40,32 +41,110 @@ def pack_linears(
     for compressed in linears:
         name, grids = compressed.report.name, compressed.grids
         weight = compressed.linear.read_weight().cpu()
-        grid = codes = None
-        if bool((grids["bits"] < UNQUANTIZED).any()):
-            grid = Grid(
-                grids["bits"],
-                grids["scale_group"],
-                grids["scale"],
-                grids["zero_point"],
-                scale_bits,
-            )
+        grid = stored_grid(grids, scale_bits)
+        codes = None
+        if grid is not None:
             places = grid.quantized.nonzero().flatten()
             codes = torch.zeros_like(weight, dtype=torch.int16)
             codes[:, places] = grid.encode(weight[:, places], places)
-        group = grids["channel_group"]
-        layout = find_layout(grid, grids["pruned"], compressed.sparsity, group, symmetric=symmetric)
-        packed = pack(weight, codes, grids["pruned"], grid, group, layout)
-        streams |= {f"{name}.{stream}": content for stream, content in packed.items()}
-        dtype = str(layout.dtype).removeprefix("torch.")
-        layouts[name] = dataclasses.asdict(layout) | {"dtype": dtype}
-    return streams, {"layouts": json.dumps(layouts)}
+        layout = layout_of(compressed, grid, symmetric=symmetric)
+        packed = pack(weight, codes, grids["pruned"], grid, grids["channel_group"], layout)
+        streams |= {f"{name}.{key}": content for key, content in packed.items() if len(content)}
+        layouts[name] = describe(compressed, layout)
+    return streams, as_metadata(layouts)
+
+
+def lay_out(
+    linears: Sequence[CompressedLinear],
+    places: Mapping[str, Sequence[Mapping[str, Any]]],
+    *,
+    symmetric: bool,
+    scale_bits: int,
+) -> dict[str, str]:
+    """Return the layouts of linears as `pack_linears` does, for an export that holds them unpacked.
+
+    Args:
+        linears: all of one block.
+        places: where the model that is exported holds each of them, see `find_places`.
+        symmetric: whether zero points follow from the widths.
+        scale_bits: 16 for float16 scales, 32 for float32.
+    """
+    layouts = {}
+    for compressed in linears:
+        name = compressed.report.name
+        grid = stored_grid(compressed.grids, scale_bits)
+        layout = layout_of(compressed, grid, symmetric=symmetric)
+        layouts[name] = describe(compressed, layout) | {"places": places[name]}
+    return as_metadata(layouts)
+
+
+def stored_grid(grids: LinearGrid, scale_bits: int) -> Grid | None:
+    """Return the levels of a linear; None if nothing is quantized."""
+    if not bool((grids["bits"] < UNQUANTIZED).any()):
+        return None
+    keys = ("bits", "scale_group", "scale", "zero_point")
+    return Grid(*(grids[key] for key in keys), scale_bits)
+
+
+def layout_of(compressed: CompressedLinear, grid: Grid | None, *, symmetric: bool) -> Layout:
+    """Return how the bits of a linear are stored, in the type that its weights were rounded to."""
+    grids, dtype = compressed.grids, compressed.report.unquantized_dtype
+    return find_layout(
+        grid,
+        grids["pruned"],
+        compressed.sparsity,
+        grids["channel_group"],
+        symmetric=symmetric,
+        dtype=DTYPES[dtype or "float16"],
+    )
+
+
+def describe(compressed: CompressedLinear, layout: Layout) -> dict[str, Any]:
+    """Return a layout as JSON, and beside it what the budget and a reader must know of the linear.
+
+    `model_dtype` is what decoded weights are rounded to where they are computed with, and
+    `planned_bits` what the plan gave a linear that was left as it was.
+    """
+    report = compressed.report
+    return dataclasses.asdict(layout) | {
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "model_dtype": str(compressed.linear.dtype).removeprefix("torch."),
+        "status": report.status,
+        "planned_bits": report.planned_bits,
+    }
+
+
+def as_metadata(layouts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Write layouts for the header of a file: `shared`, what all have in common, and the rest."""
+    first = next(iter(layouts.values()), {})
+    shared = {
+        key: value
+        for key, value in first.items()
+        if all(layout[key] == value for layout in layouts.values())
+    }
+    own = {
+        name: {key: value for key, value in layout.items() if key not in shared}
+        for name, layout in layouts.items()
+    }
+    # In one entry: the order of several is not always the same.
+    return {"layouts": json.dumps({"shared": shared, "linears": own}, separators=(",", ":"))}
 
 
 def read_packed(path: Path) -> Iterator[tuple[str, Float[Tensor, "rows columns"]]]:
-    """Yield name and weights of every linear of a file in `packed/`."""
+    """Yield name and weights of every linear of a file in `packed/`, in the type of the model."""
     with safe_open(path, "pt") as file:
-        for name, fields in json.loads(file.metadata()["layouts"]).items():
+        keys, layouts = set(file.keys()), json.loads(file.metadata()["layouts"])
+        for name, own in layouts["linears"].items():
+            fields = layouts["shared"] | own
+            held_in = getattr(torch, fields.pop("model_dtype"))
             sparsity = Sparsity(**fields.pop("sparsity"))
             dtype = DTYPES[fields.pop("dtype")]
+            fields = {key: fields[key] for key in fields.keys() - {"status", "planned_bits"}}
             layout = Layout(**fields, sparsity=sparsity, dtype=dtype)
-            yield name, unpack({s: file.get_tensor(f"{name}.{s}") for s in STREAMS}, layout).weight
+            streams = {
+                key: file.get_tensor(f"{name}.{key}")
+                if f"{name}.{key}" in keys
+                else torch.zeros(0, dtype=torch.uint8)
+                for key in STREAMS
+            }
+            yield name, unpack(streams, layout).weight.to(held_in)

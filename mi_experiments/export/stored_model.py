@@ -18,9 +18,10 @@ from mi_experiments.compression.pipeline import CompressedBlock
 from mi_experiments.config.config import Config, Export
 from mi_experiments.errors import AuditError, InputError, MiError, ResumableError
 from mi_experiments.export.dense import grid_tensors, write_settings
-from mi_experiments.export.packed import pack_linears
+from mi_experiments.export.packed import lay_out, pack_linears
 from mi_experiments.llm.checkpoint import one_line
 from mi_experiments.llm.loading import OpenModel
+from mi_experiments.llm.places import find_places
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.persistence.atomic import disk_errors, temporary_sibling
 from mi_experiments.persistence.commits import Commits, Content
@@ -76,15 +77,15 @@ class StoredModel:
             names[0]: (tensors, {"format": "pt"}),
             names[1]: (json.dumps(linears, indent=1) + "\n").encode(),
         }
-        changed = [linear for linear in block.linears if linear.report.changed]
+        symmetric, scale_bits = self.config.wbits.symmetric, self.config.recipe.scale_bits
         if self.config.export is Export.dense:
-            grids = {linear.report.name: linear.grids for linear in changed}
-            files[names[2]] = grid_tensors(grids), {}
+            grids = {x.report.name: x.grids for x in block.linears if x.report.changed}
+            places = find_places(self.weights, block.index, [x.linear for x in block.linears])
+            layouts = lay_out(block.linears, places, symmetric=symmetric, scale_bits=scale_bits)
+            files[names[2]] = grid_tensors(grids), layouts
         if self.config.export is Export.packed:
             files[names[2]] = pack_linears(
-                changed,
-                symmetric=self.config.wbits.symmetric,
-                scale_bits=self.config.recipe.scale_bits,
+                block.linears, symmetric=symmetric, scale_bits=scale_bits
             )
         self.commits.place(files)
         self._read_back(block.index, names[0])

@@ -128,6 +128,15 @@ class BlockWeights:
         """
         prefix = f"{self.path}.{block}."
         tensors = {prefix + key: t for key, t in self.blocks[block].state_dict().items()}
+        return own(self.as_stored(block, tensors))
+
+    def as_stored(self, block: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take tensors apart as a checkpoint stores those of a loaded block, without a copy.
+
+        Args:
+            block: which is loaded.
+            tensors: in the places of its own, by name in the model.
+        """
         return self._revert(tensors, self.conversions[block])
 
     def stored_rest(self) -> dict[str, Tensor]:
@@ -138,13 +147,13 @@ class BlockWeights:
             for key, tensor in self.model.state_dict().items()
             if key not in tied and not tensor.is_meta
         }
-        return self._revert(tensors, self.conversions[None])
+        return own(self._revert(tensors, self.conversions[None]))
 
-    def _revert(self, tensors: dict[str, Tensor], conversions: Any) -> dict[str, Tensor]:
+    def _revert(self, tensors: Mapping[str, Tensor], conversions: Any) -> dict[str, Tensor]:
         """Undo what loading did to names and shapes."""
         self.model._weight_conversions = conversions
-        reverted: dict[str, Tensor] = revert_weight_conversion(self.model, tensors)
-        return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in reverted.items()}
+        reverted: dict[str, Tensor] = revert_weight_conversion(self.model, dict(tensors))
+        return reverted
 
     def _read(self, owner: int | None) -> None:
         """Let transformers take the tensors of one block, or of everything else, into the model."""
@@ -213,6 +222,11 @@ def _silenced(name: str) -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to the CPU."""
+    return {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
 
 
 def _convert(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Any:

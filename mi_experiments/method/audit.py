@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mi_experiments.errors import AuditError
-from mi_experiments.method.grid import UNQUANTIZED, Grid, store_scale
+from mi_experiments.method.grid import UNQUANTIZED, Grid, smallest_scale, store_scale
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept
 
@@ -86,6 +86,16 @@ def audit_linear(
         bad = int((weight != original.to(weight.dtype)).count_nonzero())
         raise AuditError(f"{bad} weights changed although none was to be pruned or quantized")
     return AuditReport(levels_max, average_bits, int(pruned.count_nonzero()) / pruned.numel())
+
+
+def vanishes(target: Float[Tensor, "rows columns"], swept: Swept, grid: Grid | None) -> bool:
+    """Say whether weights are lost that were not to be pruned: they are too small to be stored.
+
+    A scale is then the smallest that can be stored, or a matrix became zero without being pruned.
+    """
+    if grid is not None and bool((grid.scale <= smallest_scale(grid.scale_bits)).any()):
+        return True
+    return bool(target.any()) and not swept.weight.any() and not swept.pruned.all()
 
 
 def _audit_windows(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> None:

@@ -202,13 +202,20 @@ def fit_grid(
         zero_point[:, chosen] = torch.cat([part[1] for part in parts])
     if not scale.isfinite().all():
         most = f"{weight.abs().max():.3g}"
-        raise NumericalError(f"weights up to {most} need scales beyond float{scale_bits}")
+        remedy = "; recipe.scale_bits=32 stores wider ones" if scale_bits == 16 else ""
+        raise NumericalError(f"weights up to {most} need scales beyond float{scale_bits}{remedy}")
     return Grid(bits, scale_group, scale, zero_point, scale_bits)
 
 
 def store_scale(scale: Float[Tensor, "*shape"], scale_bits: int) -> Float[Tensor, "*shape"]:
     """Round scales to the nearest number that can be stored, in the dtype that they have."""
     return scale.to(SCALE_DTYPES[scale_bits]).to(scale.dtype)
+
+
+def smallest_scale(scale_bits: int) -> float:
+    """Return the smallest positive scale that can be stored; smaller ones are raised to it."""
+    limits = torch.finfo(SCALE_DTYPES[scale_bits])
+    return limits.smallest_normal * limits.eps
 
 
 def _top(bits: Tensor) -> Tensor:
@@ -266,9 +273,8 @@ def _fit(
         high = torch.maximum(-low, high)
         low = -high
     shrink = factors[:, None, None]
-    limits = torch.finfo(SCALE_DTYPES[scale_bits])
     scale = store_scale(shrink * ((high - low) / top), scale_bits)
-    scale = scale.clamp(min=limits.smallest_normal * limits.eps)
+    scale = scale.clamp(min=smallest_scale(scale_bits))
     scale = torch.where(high == low, 1.0, scale)
     if symmetric:
         zero = torch.full_like(scale, 2 ** (bits - 1))

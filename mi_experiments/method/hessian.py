@@ -59,6 +59,11 @@ class Hessian:
         """Mark the channels that were zero on every token."""
         return self.diagonal == 0
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether every channel was zero on every token."""
+        return self.tokens > 0 and not bool(self.diagonal.any())
+
     def covariance(self) -> Float[Tensor, "columns columns"]:
         """Return the centred covariance, matrix/2 − mean·meanᵀ, exactly symmetric.
 
@@ -148,8 +153,13 @@ class HessianAccumulator:
         """Return the statistics of all tokens so far; more may follow.
 
         Raises:
-            NumericalError: the sum of squares of a channel overflows.
+            NumericalError: the sum of squares of a channel overflows, or all of them underflow.
         """
+        if self._largest > 0 and not self._products.diagonal().any():
+            raise NumericalError(
+                f"the second moments underflow {self._products.dtype}: "
+                f"largest activation {self._largest.item():.3g}"
+            )
         if not torch.isfinite(self._products.diagonal()).all():
             raise NumericalError(
                 f"the second moments overflow {self._products.dtype}: "

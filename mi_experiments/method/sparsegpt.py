@@ -213,7 +213,8 @@ class SweepState:
         The targets t_j are not what SparseGPT scores: they lack the corrections inside the block.
         """
         span = slice(low, high)
-        saliency = (self.optimum(low, high) * self.diagonal[span]).square_()
+        # Not squared: the order is the same, and no square underflows to a tie or overflows.
+        saliency = (self.optimum(low, high) * self.diagonal[span]).abs_()
         by_channel = self.order[span].argsort()
         pruned = choose_pruned(saliency.index_select(0, by_channel).T, sparsity, selection)
         self.pruned[span].index_copy_(0, by_channel, pruned.T)

@@ -39,9 +39,11 @@ def allocate_widths(
 ) -> dict[str, Int[Tensor, "groups"]]:
     """Choose every group's width within the budget of its linear, its site or the model.
 
-    What is tied is one to the allocation: its cost and its size are the sums of its members'.
+    What is tied is one to the allocation: its cost and its size are the sums of its members'. A
+    linear without costs, because it is not measured, gets the largest width within the average.
     """
     wbits = config.wbits
+    largest = max(width for width in wbits.candidate_widths() if width <= wbits.average)
     chosen: dict[str, Int[Tensor, "groups"]] = {}
     if wbits.allocation is Allocation.mixed:
         measured = [linear for linear in linears if linear.group_costs is not None]
@@ -54,7 +56,7 @@ def allocate_widths(
             chosen = {linear.name: chosen[linear.site] for linear in measured}
     for linear in linears:
         groups = int(linear.channel_group.max()) + 1
-        chosen.setdefault(linear.name, torch.full((groups,), int(wbits.average)))
+        chosen.setdefault(linear.name, torch.full((groups,), largest))
     return chosen
 
 

@@ -121,6 +121,9 @@ def measure_site_costs(
     """Group a site's channels and measure what every group of its linears costs at every width."""
     groups = config.n_groups
     factor = matrix = summary = None
+    if hessian is not None and hessian.is_dead:
+        # Channels that carry nothing have nothing to be grouped by, and lose nothing at any width.
+        hessian = None
     if hessian is not None:
         # What this factor is used for can bear more damping; the sweep that skips has its own.
         escalate = config.recipe.on_singular is not OnSingular.error
@@ -136,7 +139,7 @@ def measure_site_costs(
         give_back(hessian.matrix.nbytes)
         matrix = measure_information(hessian, groups.estimator)
         summary = summarize(matrix, noise, factor, groups.estimator)
-    # An expert without tokens that is to stay as it is has nothing to be grouped by.
+    # Nor has an expert without tokens that is to stay as it is.
     measured = hessian is not None or not groups.grouping.needs_activations
     energy = sum_energy(site) if hessian is not None else None
 

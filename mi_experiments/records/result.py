@@ -23,8 +23,8 @@ RESULT = "result.json"
 LINEARS = "linears.parquet"
 TIMINGS = "timings.parquet"
 
-CHANGED = ("compressed", "escalated")
-"""Status of a linear to which something was done."""
+CHANGED = ("compressed", "escalated", "dead", "vanished")
+"""Status of a linear to which what was asked was done."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,20 @@ class LinearReport:
         seconds: time of its grid fits and sweeps.
         status: `compressed`; `escalated`, with more damping than asked; `skipped`, left as it was
             because its Hessian is singular; `kept`, likewise because too few tokens are routed to
-            an expert; `untouched`, where neither bits nor sparsity were asked. The last three count
-            16 bits a weight.
+            an expert; `untouched`, where neither bits nor sparsity were asked. These three are
+            rounded to 16 bits a weight, if they have more, and counted so. `dead`: compressed,
+            although all that it reads is zero on every calibration token; `vanished`: compressed,
+            but weights of a group are too small for the scales that are stored.
         plan_damping: share that was added to the dense model's Hessian, which groups and costs
             come from; None if that was not measured.
         stability: adjusted Rand index between the groups that two halves of the calibration tokens
             give; None where groups do not come from tokens.
         retries: how often memory was short while its site was measured or it was compressed, and
             the work was done again in smaller pieces; of sites measured together, the first counts.
+        unquantized_dtype: 16-bit type of the weights that have no codes, `float16` or `bfloat16`;
+            None where all have.
+        planned_bits: mean width that the plan gave it, which counts against the budget; None in
+            records without it.
     """
 
     block: int
@@ -94,6 +100,8 @@ class LinearReport:
     retries: int = 0
     all_tokens: bool = False
     stability: float | None = None
+    unquantized_dtype: str | None = None
+    planned_bits: float | None = None
 
     @property
     def changed(self) -> bool:
@@ -300,6 +308,8 @@ LINEAR_SCHEMA = pa.schema([
     ("retries", pa.int64()),
     ("all_tokens", pa.bool_()),
     ("stability", pa.float64()),
+    ("unquantized_dtype", pa.string()),
+    ("planned_bits", pa.float64()),
 ])
 TIMING_SCHEMA = pa.schema([("name", pa.string()), ("seconds", pa.float64())])
 

@@ -89,7 +89,7 @@ def change_block(opened: OpenModel, index: int) -> CompressedBlock:
             "bits": torch.full((linear.columns,), 4, dtype=torch.uint8),
             "channel_group": torch.zeros(linear.columns, dtype=torch.int32),
             "scale_group": torch.zeros(linear.columns, dtype=torch.int32),
-            "scale": torch.rand(linear.rows, 1, generator=generator) + 0.1,
+            "scale": (torch.rand(linear.rows, 1, generator=generator) + 0.1).half().float(),
             "zero_point": torch.zeros(linear.rows, 1, dtype=torch.int32),
             "pruned": pruned,
         }
