@@ -18,6 +18,7 @@ from rich.table import Table
 from mi_experiments.commands.run import STOP, prepare_process
 from mi_experiments.config.compose import conf_directory, explain, from_hydra
 from mi_experiments.config.identity import asked_config, without_incidental
+from mi_experiments.config.secrets import scrub
 from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
 from mi_experiments.experiment.directory import claim, log_file, save_composition
 from mi_experiments.experiment.progress import Progress
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fail(line: str, code: int) -> None:
     """Print one line to standard error and leave."""
-    print(f"{PROGRAM}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {' '.join(scrub(line).split())}", file=sys.stderr)
     sys.exit(code)
 
 

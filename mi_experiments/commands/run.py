@@ -20,6 +20,8 @@ from mi_experiments.config.compose import conf_directory, explain, from_hydra
 from mi_experiments.config.identity import (
     register_resolvers,
 )
+from mi_experiments.config.secrets import scrub
+from mi_experiments.config.vetted_hydra import vet_what_hydra_composes
 from mi_experiments.errors import InputError, MiError, ResumableError
 from mi_experiments.experiment.directory import (
     claim,
@@ -42,6 +44,7 @@ STOP = StopRequest()
 """Asked of the process, and so of every job of a sweep."""
 # Here, because a launcher's workers import this module, and compose.
 register_resolvers()
+vet_what_hydra_composes()
 
 
 def main() -> None:
@@ -116,7 +119,7 @@ def do_run(
 ) -> float | None:
     """Check the config, do the run or outline it, and print what came out unless `quiet`."""
     if composed.get("resume"):
-        run_dir = Path(composed.resume)
+        run_dir = Path(composed.resume).expanduser()
         composed = recall_composition(composed, run_dir, list(HydraConfig.get().overrides.task))
     config = from_hydra(composed)
     console = open_console()
@@ -158,5 +161,5 @@ def open_console() -> Console:
 
 def fail(line: str, code: int) -> NoReturn:
     """Print one line to standard error and leave."""
-    print(f"mi-run: {' '.join(line.split())}", file=sys.stderr)
+    print(f"mi-run: {' '.join(scrub(line).split())}", file=sys.stderr)
     sys.exit(code)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mi_experiments.config.config import Config
+from mi_experiments.config.secrets import scrub
 from mi_experiments.experiment.dry_run import Outline
 from mi_experiments.experiment.memory_plan import MemoryPlan, show
 from mi_experiments.records.result import LINEARS, RESULT, Evaluation, Result
@@ -89,7 +90,8 @@ def budget_table(result: Result) -> Table:
 
 def print_dry_run(outline: Outline, config: Config, console: Console) -> None:
     """Print what a run would do."""
-    table = Table(title=f"plan of {config.model.name}: nothing is computed", title_justify="left")
+    name = scrub(config.model.name)
+    table = Table(title=f"plan of {name}: nothing is computed", title_justify="left")
     most = ", at most" if config.adapts_groups else ""
     for heading in ("blocks", "site", "linears", f"groups{most}", f"effective bits{most}", "MB"):
         left = heading == "site"

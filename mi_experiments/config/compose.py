@@ -14,7 +14,8 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from mi_experiments.config.config import Config
 from mi_experiments.config.fields import allowed, fields_below, hint_at
 from mi_experiments.config.renames import KEYS, refuse_old_names
-from mi_experiments.errors import InputError, ValueRefused
+from mi_experiments.config.vetting import vet
+from mi_experiments.errors import InputError, MiError, ValueRefused
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -26,7 +27,7 @@ def from_hydra(composed: DictConfig) -> Config:
     Raises:
         InputError: unknown key, wrong type, missing or out-of-range value, in one line.
     """
-    refuse_targets(composed)
+    vet(composed)
     plain = OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
     said = OmegaConf.to_container(plain)
     assert isinstance(said, dict)
@@ -86,20 +87,10 @@ def to_plain(config: Config) -> dict[str, Any]:
     return {key: plain(value) for key, value in vars(config).items()}
 
 
-def refuse_targets(composed: DictConfig) -> None:
-    """Refuse keys that would make Hydra run code; no config of this project has them."""
-    text = OmegaConf.to_yaml(
-        OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
-    )
-    found = re.search(r"(^|\s)['\"]?_(target|recursive|convert|partial|args)_['\"]?\s*:", text)
-    if found:
-        raise InputError(
-            f"{found.group(0).strip()} in the config is refused: configs are data, not code"
-        )
-
-
 def explain(error: Exception) -> str:
     """Say in one line which key is wrong, its value, and what is allowed."""
+    if isinstance(error, MiError):
+        return str(error)
     if not str(error) and isinstance(error.__cause__, Exception):
         return explain(error.__cause__)
     key = getattr(error, "full_key", None) or ""

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from annotated_types import Ge, Gt, Predicate
+from annotated_types import Ge, Interval, Predicate
 
 from mi_experiments.config.expected import ExpectedConfig
-from mi_experiments.config.fields import About
+from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.config.method import (
     Allocation,
     Cost,
@@ -29,6 +29,12 @@ from mi_experiments.config.texts import (
     check_texts,
 )
 from mi_experiments.llm.activations import Place
+
+LARGEST = 2**30
+"""GiB that nothing has; a plan counts bytes in 64 bits."""
+
+LONGEST_WAIT = 86_400
+"""Seconds that a run may be asked to wait for a server."""
 
 
 class Dtype(Enum):
@@ -101,14 +107,29 @@ class TrackingConfig:
     """Weights & Biases."""
 
     mode: Annotated[TrackingMode, About("where records go; never a prompt")]
-    project: Annotated[str, About("its name there")]
-    entity: Annotated[str | None, About("user or team; null: that of the key")]
+    project: Annotated[
+        str,
+        Predicate(re.compile(r"(?=.*\S)[^/\\#?%:]{1,128}").fullmatch),
+        About("its name there", allowed=r"1 to 128 characters, none of / \ # ? % :"),
+    ]
+    entity: Annotated[
+        str | None,
+        Predicate(re.compile(r"[^/\\#?%:\s]+").fullmatch),
+        About(
+            "user or team; null: that of the key",
+            allowed="a name without a slash or blank, or null",
+        ),
+    ]
     tags: Annotated[list[str], About("of every run")]
     init_timeout: Annotated[
-        int, Ge(1), About("how long to wait for the server before going offline", unit="second")
+        int,
+        Interval(ge=1, le=LONGEST_WAIT),
+        About("how long to wait for the server before going offline", unit="seconds"),
     ]
     finish_timeout: Annotated[
-        int, Ge(1), About("how long to wait at the end for the last records", unit="second")
+        int,
+        Interval(ge=1, le=LONGEST_WAIT),
+        About("how long to wait at the end for the last records", unit="seconds"),
     ]
 
 
@@ -118,9 +139,23 @@ class MemoryConfig:
 
     activations: Annotated[Place, About("where hidden states live between blocks")]
     accelerator: Annotated[
-        float | None, Gt(0), About("to plan for; null: what is free", unit="GiB")
+        float | None,
+        Interval(gt=0, lt=LARGEST),
+        About(
+            "to plan for; null: what is free",
+            unit="GiB",
+            allowed=f"a size in GiB, below {LARGEST:,}, or null",
+        ),
     ]
-    host: Annotated[float | None, Gt(0), About("to plan for; null: what is free", unit="GiB")]
+    host: Annotated[
+        float | None,
+        Interval(gt=0, lt=LARGEST),
+        About(
+            "to plan for; null: what is free",
+            unit="GiB",
+            allowed=f"a size in GiB, below {LARGEST:,}, or null",
+        ),
+    ]
 
 
 @dataclass
@@ -137,7 +172,9 @@ class Config:
     tracking: TrackingConfig
     memory: MemoryConfig
     corpora: Annotated[dict[str, HubCorpusConfig], About("published corpora, by name")]
-    seed: Annotated[int, About("the dataset and the grouping draw from it")]
+    seed: Annotated[
+        int, SEED_RANGE, About("the dataset and the grouping draw from it", allowed=SEEDS)
+    ]
     export: Annotated[Export, About("what is written of the compressed model")]
     cache: Annotated[
         bool, About("read what another job has computed: tokens, dense perplexity, parts of plans")

@@ -28,6 +28,13 @@ class About:
     allowed: str = ""
 
 
+SEED_RANGE = annotated_types.Interval(ge=0, lt=2**63)
+"""The seeds that every generator takes, of torch, numpy and Python."""
+
+SEEDS = "a whole number from 0 to 2^63 - 1"
+"""The same in words."""
+
+
 def take_apart(hint: Any) -> tuple[Any, list[Any], bool]:
     """Return the type of a field without what is said of it, that, and whether it may be null."""
     base, said = hint, []

@@ -1,7 +1,7 @@
 """Names of run and sweep directories, which follow from what is computed in them.
 
 The same command has the same name in every process: `conf/config.yaml` asks for these names
-through the resolvers `config_hash` and `sweep_id`.
+through the resolvers `config_hash`, `run_id` and `sweep_id`.
 """
 
 import hashlib
@@ -46,11 +46,17 @@ def register_resolvers() -> None:
     """Let configs ask for names; every process that composes one must have called this."""
     OmegaConf.register_new_resolver("config_hash", config_hash, replace=True)
     OmegaConf.register_new_resolver("sweep_id", sweep_id, replace=True)
+    OmegaConf.register_new_resolver("run_id", run_id, replace=True)
 
 
 def config_hash(*, _root_: DictConfig) -> str:
     """Name what a run will compute: ten hexadecimal digits of everything that moves a number."""
     return digest(asked_of(_root_))
+
+
+def run_id(*, _root_: DictConfig) -> str:
+    """Name a run: its model, to read, and what it will compute."""
+    return f"{scrub(_root_.model.name)}-{config_hash(_root_=_root_)}"
 
 
 def sweep_id(*, _root_: DictConfig) -> str:
@@ -66,7 +72,7 @@ def sweep_id(*, _root_: DictConfig) -> str:
     if {"experiment", "model", "model.name"} & swept.keys():
         name = "sweep"
     moving = {key: values for key, values in swept.items() if not is_incidental(key)}
-    return f"{as_word(name)}-{digest([asked_of(_root_), moving])}"
+    return f"{as_word(scrub(name))}-{digest([asked_of(_root_), moving])}"
 
 
 @dataclass(frozen=True)

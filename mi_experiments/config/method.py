@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval, Predicate
 
-from mi_experiments.config.fields import About
+from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.errors import InputError, require
 from mi_experiments.method.grid import UNQUANTIZED
 from mi_experiments.method.grouping import Grouping
@@ -201,7 +201,11 @@ class NGroupsConfig:
     sample_tokens: Annotated[
         int, Ge(16), About("tokens that the estimator sees, at most", unit="tokens")
     ]
-    seed: Annotated[int, About("of random groups, of the clustering and of the tokens drawn")]
+    seed: Annotated[
+        int,
+        SEED_RANGE,
+        About("of random groups, of the clustering and of the tokens drawn", allowed=SEEDS),
+    ]
 
     def check_count(self, columns: int, name: str) -> None:
         """Refuse more groups than a linear has channels.

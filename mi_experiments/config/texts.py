@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Interval, Len, Predicate
 
-from mi_experiments.config.fields import About
+from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.errors import require
 
 
@@ -114,7 +114,7 @@ class DatasetConfig:
         About("the last share of a file is not calibrated on, if the evaluation reads it too"),
     ]
     offline: Annotated[bool, About("texts come from the cache or a directory, never the network")]
-    seed: Annotated[int, About("of the sequences that are drawn")]
+    seed: Annotated[int, SEED_RANGE, About("of the sequences that are drawn", allowed=SEEDS)]
 
 
 @dataclass
@@ -138,7 +138,11 @@ class CorpusConfig:
     max_windows: Annotated[
         int | None, Ge(1), About("windows evaluated, at most", allowed="at least 1, or null: all")
     ]
-    seed: Annotated[int, About("of sampled windows; not the run's, so that runs see one text")]
+    seed: Annotated[
+        int,
+        SEED_RANGE,
+        About("of sampled windows; not the run's, so that runs see one text", allowed=SEEDS),
+    ]
     add_bos: Annotated[BosPolicy, About("a beginning token before each text")]
 
     def __post_init__(self) -> None:

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from mi_experiments.config.config import Config
 from mi_experiments.config.identity import INCIDENTAL, asked_config, without_incidental
-from mi_experiments.config.secrets import scrub
+from mi_experiments.config.secrets import MASK, scrub, scrub_record
+from mi_experiments.config.vetting import read_config, walk
 from mi_experiments.errors import InputError, MiError
 from mi_experiments.persistence.atomic import write_atomically
 from mi_experiments.persistence.commits import read_manifest, refuse_changes
@@ -64,6 +65,9 @@ def log_file(run_dir: Path) -> Iterator[None]:
     log.setLevel(logging.INFO)
     log.addHandler(file)
     log.addHandler(screen)
+    others = logging.getLogger().handlers  # of Hydra, if its logging was chosen
+    for handler in (file, screen, *others):
+        handler.addFilter(scrub_record)
     try:
         yield
     except MiError as error:
@@ -76,6 +80,8 @@ def log_file(run_dir: Path) -> Iterator[None]:
         log.removeHandler(file)
         log.removeHandler(screen)
         file.close()
+        for handler in others:
+            handler.removeFilter(scrub_record)
 
 
 def save_composition(composed: DictConfig, run_dir: Path) -> None:
@@ -98,13 +104,13 @@ def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]
     Changes that move a number are refused later, by the run's identity, which shows them.
 
     Raises:
-        InputError: there is no such run, or a change is a choice of a group.
+        InputError: there is no such run, a change is a choice of a group, or what was begun with
+            is not known, because it was masked.
     """
     saved = run_dir / ".hydra" / "config.yaml"
     if not saved.is_file():
         raise InputError(f"resume={run_dir}: no run was begun there ({saved} is missing)")
-    config = OmegaConf.load(saved)
-    assert isinstance(config, DictConfig)
+    config = read_config(saved)
     for override in overrides:
         key, _, _ = override.lstrip("+~").partition("=")
         if key == "resume":
@@ -114,4 +120,10 @@ def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]
             raise InputError(f"resume={run_dir} goes on with the run's own {key}: leave it out")
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
     config.resume = None
+    masked = [key for key, value in walk(OmegaConf.to_container(config)) if MASK in str(value)]
+    if masked:
+        raise InputError(
+            f"resume={run_dir}: {masked[0]} is masked in {saved}, since it looks like a secret: "
+            f"give it beside resume=, as {masked[0]}=VALUE"
+        )
     return config

@@ -6,7 +6,6 @@ What does grow, with the calibration set, are the hidden states between two bloc
 fit there, else to host memory, else to a file.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mi_experiments.calibration.fisher import POSITIONS_CHUNK
 from mi_experiments.config.config import Config, Dtype
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
+from mi_experiments.experiment.host_memory import ROOT, available_memory, group_room
 from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.loading import choose_device, load_skeleton
@@ -303,14 +303,13 @@ def find_room(device: str, directory: Path, config: Config) -> Room:
     return Room(accelerator, host, shutil.disk_usage(existing).free)
 
 
-def free_host_memory() -> int:
-    """Return the bytes that a process can still take, after Linux's own estimate where there is."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+def free_host_memory(root: Path = ROOT) -> int:
+    """Return the bytes that this process can still take: of the host and of its control groups.
+
+    Args:
+        root: of the file system, `/`; another one in tests.
+    """
+    return min([available_memory(root), *group_room(root)])
 
 
 def describe(needs: Needs) -> str:

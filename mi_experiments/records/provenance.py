@@ -120,7 +120,9 @@ def run_identity(
 def scrub_argument(argument: str) -> str:
     """Mask secrets in one argument; a pinned revision is none."""
     key, equals, value = argument.partition("=")
-    return str(key + equals + scrub(value, key.rpartition(".")[2]) if equals else scrub(argument))
+    if not equals or not re.fullmatch(r"[-+~\w.@/]+", key):
+        return str(scrub(argument))
+    return f"{scrub(key)}={scrub(value, key.rpartition('.')[2])}"
 
 
 def checkout_commit() -> str | None:

@@ -27,6 +27,7 @@ from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config, TrackingConfig, TrackingMode
 from mi_experiments.config.secrets import scrub
 from mi_experiments.records.result import Evaluation, LinearReport, Result, weighted_mean
+from mi_experiments.records.wandb_environment import sound_environment
 
 log = logging.getLogger(__name__)
 
@@ -95,18 +96,19 @@ class Tracker:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         options = describe_run(config, run_dir, sweep_dir, job)
         tracking = config.tracking
-        reason = None
-        if asked != "offline":
-            found, reason = attempt(has_key, CALL_SECONDS)
-            if found:
-                run, reason = start("online", options, tracking)
-                if run is not None:
-                    return cls(run, "online", finish_timeout=tracking.finish_timeout)
-                for unfinished in Path(options["dir"], "wandb").glob(f"run-*-{options['id']}"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
-            elif asked == "online":
-                reason = reason or "no API key was found (wandb login)"
-        run, failure = start("offline", options, tracking)
+        unused = () if tracking.mode is TrackingMode.auto else ("WANDB_MODE",)
+        with sound_environment(unused) as reason:
+            if asked != "offline" and reason is None:
+                found, reason = attempt(has_key, CALL_SECONDS)
+                if found:
+                    run, reason = start("online", options, tracking)
+                    if run is not None:
+                        return cls(run, "online", finish_timeout=tracking.finish_timeout)
+                    for unfinished in Path(options["dir"], "wandb").glob(f"run-*-{options['id']}"):
+                        shutil.rmtree(unfinished, ignore_errors=True)
+                elif asked == "online":
+                    reason = reason or "no API key was found (wandb login)"
+            run, failure = start("offline", options, tracking)
         if run is None:
             return cls(None, mode="disabled", fallback=f"W&B records nothing: {failure}")
         return cls(run, mode="offline", fallback=f"W&B is offline: {reason}" if reason else None)
@@ -290,9 +292,9 @@ def describe_run(config: Config, run_dir: Path, sweep_dir: Path | None, job: str
     return {
         "id": secrets.token_hex(4),
         "dir": str(sweep_dir or run_dir),
-        "project": config.tracking.project,
-        "entity": config.tracking.entity,
-        "group": sweep_name(sweep_dir) if sweep_dir else None,
+        "project": scrub(config.tracking.project),
+        "entity": scrub(config.tracking.entity),
+        "group": scrub(sweep_name(sweep_dir)) if sweep_dir else None,
         "job_type": "compress",
         "name": scrub(job),
         "tags": [tag[:64] for tag in dict.fromkeys(tags) if tag],

@@ -44,7 +44,7 @@ class Job:
 
     Attributes:
         directory: name of its run directory.
-        swept: its value of each swept key, as on the command line.
+        swept: its value of each swept key, as on the command line, without secrets.
         overrides: all that Hydra needs to compose it.
         config: what it asks for, as plain values.
         export: of its config.
@@ -106,13 +106,14 @@ def read_sweep(hydra: Hydra, args: argparse.Namespace, master: DictConfig) -> Sw
     if master.resume is not None:
         raise InputError("resume= continues one run; a sweep is continued by its own command")
     composer = JobComposer(hydra, master)
-    axes = {k: choice.values for k, choice in composer.choices.items() if len(choice.values) > 1}
+    several = {k: choice.values for k, choice in composer.choices.items() if len(choice.values) > 1}
+    axes = {key: tuple(scrub(list(values))) for key, values in several.items()}
     directory = Path(master.hydra.sweep.dir)
     taken = {path.name[-HASH:]: path.name for path in directory.glob("*") if path.is_dir()}
     jobs: dict[str, Job] = {}
     combinations = list(combine(composer.choices))
     for overrides_of_job, values in combinations:
-        swept = {key: value for key, value in values.items() if key in axes}
+        swept = {key: scrub(value) for key, value in values.items() if key in axes}
         job = compose_job(composer, overrides_of_job, swept, taken)
         first = jobs.setdefault(job.directory[-HASH:], job)
         if first.config != job.config:
@@ -215,7 +216,7 @@ def compose_job(
         name = config_hash(_root_=composed)
     except (HydraException, OmegaConfBaseException) as error:
         directory = job_name(swept, digest(lines))
-        return Job(directory, swept, lines, {}, refusal=explain(error))
+        return Job(directory, swept, lines, {}, refusal=scrub(explain(error)))
     directory = taken.get(name) or job_name(swept, name)
     lines = (*lines, f"hydra.sweep.subdir={quote(directory)}")
     try:
@@ -224,7 +225,7 @@ def compose_job(
         plain = OmegaConf.to_container(composed)
         assert isinstance(plain, dict)
         asked = {str(key): part for key, part in plain.items()}
-        return Job(directory, swept, lines, asked, refusal=str(error))
+        return Job(directory, swept, lines, asked, refusal=scrub(str(error)))
     return Job(directory, swept, lines, to_plain(config), config.export)
 
 

@@ -226,6 +226,6 @@ def describe_failure(error: Exception) -> JobEnd:
     if isinstance(error, MiError):
         return JobEnd(scrub(str(error)), error.exit_code)
     if isinstance(error, OSError) and error.filename is not None:
-        return JobEnd(f"{error.strerror}: {error.filename}", 2)
+        return JobEnd(scrub(f"{error.strerror}: {error.filename}"), 2)
     first = (str(error).strip() or "no message").splitlines()[0]
     return JobEnd(scrub(f"{type(error).__name__}: {first}"), 1)

@@ -1,4 +1,4 @@
-"""The check of an export that needs none of this project's code: it holds, and sees what is not so."""
+"""The check of an export that needs none of this project: what it confirms, and what it refuses."""
 
 import ast
 import importlib.util

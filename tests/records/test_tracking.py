@@ -270,7 +270,10 @@ def test_no_secret_is_in_any_byte_of_the_records(config, tmp_path, monkeypatch):
     )
     dataset = replace(config.dataset, path=f"/data?key={KEY}&token={token}")
     asked = replace(config, model=model, dataset=dataset)
-    asked = with_tracking(asked, mode=TrackingMode.offline, tags=[f"sk-{'x' * 20}"])
+    asked = with_tracking(
+        asked, mode=TrackingMode.offline, tags=[f"sk-{'x' * 20}", "planted-environment"],
+        entity=token, project=f"of-{token}",
+    )  # fmt: skip
     failed = result(asked, "failed", f"https://planted-user@hub refused {token}")
     with Tracker.open(asked, tmp_path, sweep_dir=None, job=f"job-{token}") as tracker:
         tracker.log_linear(LINEARS[0])
@@ -376,7 +379,8 @@ def test_online_without_a_key_is_offline_and_says_so(config, tmp_path, caplog):
 
 
 def test_a_client_that_cannot_even_write_leaves_the_run_alone(config, tmp_path):
-    asked = with_tracking(config, mode=TrackingMode.offline, project="no/slash")
+    asked = with_tracking(config, mode=TrackingMode.offline)
+    asked.tracking.project = "no/slash"  # past the check of the config
     with Tracker.open(asked, tmp_path, sweep_dir=None, job="job") as tracker:
         tracker.log_linear(LINEARS[0])
         tracker.finish(result(asked), LINEARS)
@@ -430,6 +434,23 @@ def test_after_the_client_died_the_next_run_records_again(config, tmp_path, capf
         tracker.finish(result(asked), LINEARS)
     assert (tracker.mode, tracker.fallback) == ("offline", None)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("mode", [TrackingMode.auto, TrackingMode.offline])
+def test_a_variable_that_the_client_refuses_costs_no_record(config, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", "ofline")
+    monkeypatch.setenv("WANDB_RUN_ID", "team/run")
+    asked = with_tracking(config, mode=mode)
+    with Tracker.open(asked, tmp_path, sweep_dir=None, job="job") as tracker:
+        tracker.log_linear(LINEARS[0])
+        tracker.finish(result(asked), LINEARS)
+    assert tracker.mode == "offline"
+    assert tracker.fallback is not None
+    assert ("WANDB_MODE=ofline" in tracker.fallback) == (mode is TrackingMode.auto)
+    assert "WANDB_RUN_ID=team/run" in tracker.fallback
+    for name in ("WANDB_MODE", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name)  # it would stop the reader too
+    assert read_summary(tracker.directory)["state"] == "finished"
 
 
 def test_a_failed_run_is_closed_as_failed(config, tmp_path):
