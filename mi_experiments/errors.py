@@ -70,6 +70,13 @@ class MemoryShortage(ResumableError):
     """Memory does not suffice, of the accelerator or of the host, even in the smallest pieces."""
 
 
+def in_a_line(error: OSError) -> str:
+    """Return what the system refused: the reason and the file, as far as it says them."""
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    return error.strerror + (f": {error.filename}" if error.filename is not None else "")
+
+
 def require(key: str, value: object, holds: bool, allowed: str) -> None:
     """Raise the one line that a person needs when a value is out of its range.
 

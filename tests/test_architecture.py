@@ -21,11 +21,12 @@ STRANGERS = {"method": {"llm"}, "llm": {"method"}}
 WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
           "save", "save_file", "save_model", "save_pretrained", "to_json_file", "to_parquet",
           "to_csv", "to_json", "to_pickle", "to_excel", "write_table", "FileHandler", "from_file",
+          "open_plain",
           "savefig", "copy2", "copyfile", "copytree"}  # fmt: skip
 """Calls that may write a file; so may `open` with a mode."""
 
 MAY_WRITE = {
-    "persistence/atomic.py": {"write_bytes", "save_file"},
+    "persistence/atomic.py": {"write_bytes", "save_file", "touch"},
     # Into memory; the bytes go through atomic.
     "records/result.py": {"write_table"},
     "comparison/formats.py": {"to_parquet", "to_csv"},
@@ -35,13 +36,13 @@ MAY_WRITE = {
     # Into a temporary folder, to be hashed.
     "texts/token_cache.py": {"save_pretrained"},
     # Locks, which hold nothing.
-    "persistence/cache.py": {"open"},
+    "persistence/cache.py": {"open_plain"},
     # Memory that the system may write out; the file has no name while it is used.
     "llm/activations.py": {"from_file"},
     # The lock, which holds nothing, and the log, which only grows.
-    "experiment/directory.py": {"open", "FileHandler"},
+    "experiment/directory.py": {"open_plain"},
     # The lock of a sweep, which only says who holds it.
-    "sweeps/outcomes.py": {"open"},
+    "sweeps/outcomes.py": {"open_plain"},
     # Figures, into a folder that the user names, drawn again in seconds.
     "comparison/views/plots.py": {"savefig"},
     # To the server of Weights & Biases.

@@ -19,7 +19,7 @@ from mi_experiments.commands.run import STOP, prepare_process
 from mi_experiments.config.compose import conf_directory, explain, from_hydra
 from mi_experiments.config.identity import asked_config, without_incidental
 from mi_experiments.config.secrets import scrub
-from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError
+from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError, in_a_line
 from mi_experiments.experiment.directory import claim, log_file, save_composition
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.persistence.atomic import write_atomically
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error), InputError.exit_code)
     except OSError as error:
-        fail(f"{error.strerror}: {error.filename}", InputError.exit_code)
+        fail(in_a_line(error), InputError.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -206,6 +206,7 @@ def run_row(
     signatures: list[Any],
 ) -> tuple[Result | None, str]:
     """Run a row, or continue or recall it; a wrong dense model ends it before it is compressed."""
+    from mi_experiments.experiment.finished import show_or_mend
     from mi_experiments.experiment.run_experiment import run_experiment
     from mi_experiments.records.tracking import Tracker
     from mi_experiments.reproduction.unchanged import changed_since
@@ -229,7 +230,7 @@ def run_row(
             raise VerdictError(f"dense: {bad[0].text} {bad[0].ours:.4f}: {bad[0].why}")
 
     with claim(run_dir, config) as finished, log_file(run_dir):
-        if finished is not None:
+        if (finished := show_or_mend(finished, run_dir)) is not None:
             since, note = changed_since(config, finished, run_dir)
             changes += since
             return finished, note

@@ -22,7 +22,7 @@ from mi_experiments.config.identity import (
 )
 from mi_experiments.config.secrets import scrub
 from mi_experiments.config.vetted_hydra import vet_what_hydra_composes
-from mi_experiments.errors import InputError, MiError, ResumableError
+from mi_experiments.errors import InputError, MiError, ResumableError, in_a_line
 from mi_experiments.experiment.directory import (
     claim,
     log_file,
@@ -34,6 +34,7 @@ from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.export.stored_model import tidy
 from mi_experiments.out_of_memory import map_large_pieces
+from mi_experiments.persistence.atomic import disk_errors
 from mi_experiments.persistence.commits import Commits, read_manifest
 from mi_experiments.sweeps.launch import describe_failure
 from mi_experiments.sweeps.launchers import leave, stop_signals, threads_of
@@ -62,7 +63,7 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException) as error:
         fail(explain(error), InputError.exit_code)
     except OSError as error:
-        fail(f"{error.strerror}: {error.filename}", InputError.exit_code)
+        fail(in_a_line(error), InputError.exit_code)
     except KeyboardInterrupt:
         fail("interrupted", 130)
 
@@ -128,13 +129,18 @@ def do_run(
         print_dry_run(dry_run(config), config, console)
         return None
     # Not before: a dry run and a question for help need neither Weights & Biases nor texts.
+    from mi_experiments.experiment.finished import show_or_mend
     from mi_experiments.experiment.run_experiment import run_experiment
     from mi_experiments.records.tracking import Tracker
 
-    STOP.check()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if not run_dir.exists():
+        STOP.check()
+    with disk_errors(run_dir, "made"):
+        run_dir.mkdir(parents=True, exist_ok=True)
     with claim(run_dir, config) as finished, log_file(run_dir):
-        if finished is not None:
+        # Not before: what an earlier process has left says now that it is interrupted.
+        STOP.check()
+        if (finished := show_or_mend(finished, run_dir)) is not None:
             tidy(Commits(run_dir, {}), config.export)
             line = f"{run_dir} is complete; remove it to run again"
             console.print(line, soft_wrap=True, highlight=False, markup=False)

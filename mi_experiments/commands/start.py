@@ -6,22 +6,30 @@ that alone for good.
 """
 
 import gc
+import signal
 from importlib import import_module
 
 
 def run() -> None:
     """Start `mi-run`."""
+    _hold_signals()
     _start("run")
 
 
 def reproduce() -> None:
     """Start `mi-reproduce`."""
+    _hold_signals()
     _start("reproduce")
 
 
 def compare() -> None:
     """Start `mi-compare`."""
     _start("compare")
+
+
+def _hold_signals() -> None:
+    """Let a wish to stop wait until `StopRequest.listen` takes it; until then, nothing could."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
 
 def _start(command: str) -> None:

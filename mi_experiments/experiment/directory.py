@@ -4,6 +4,7 @@ import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,48 +15,63 @@ from mi_experiments.config.identity import INCIDENTAL, asked_config, without_inc
 from mi_experiments.config.secrets import MASK, scrub, scrub_record
 from mi_experiments.config.vetting import read_config, walk
 from mi_experiments.errors import InputError, MiError
-from mi_experiments.persistence.atomic import write_atomically
-from mi_experiments.persistence.commits import read_manifest, refuse_changes
+from mi_experiments.persistence.atomic import disk_errors, inside, open_plain, write_atomically
+from mi_experiments.persistence.commits import MANIFEST, read_manifest, refuse_changes
 from mi_experiments.records.provenance import scrub_argument
-from mi_experiments.records.result import RESULT, Result, read_result
+from mi_experiments.records.recorder import read_sealed
+from mi_experiments.records.result import RESULT, Result, write_result
 
 log = logging.getLogger("mi_experiments")
 
 
 @contextmanager
 def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
-    """Hold the run directory alone; yields the result of a run that is complete.
+    """Hold the run directory alone; yields the result of a run that says that it is complete.
+
+    A record that says `running` is false, as no process holds the directory: it is put right.
 
     Raises:
-        InputError: another process holds it, or it holds another run.
+        InputError: another process holds it, it holds another run, or nothing tells what is
+            finished in it.
     """
-    with (run_dir / "run.lock").open("a") as lock:
+    with open_plain(run_dir / "run.lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{run_dir} is in use by another run: choose another") from None
-        finished = None
+        result = None
+        begun = read_manifest(run_dir)
         if (run_dir / RESULT).exists():
             try:
-                result = read_result(run_dir)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"{run_dir / RESULT} is not a result of this version ({error}): "
-                    "choose another directory (hydra.run.dir=DIR)"
-                ) from error
-            finished = result if result.status == "completed" else None
-        begun = read_manifest(run_dir)
+                result, _ = read_sealed(run_dir)
+            except ValueError as error:
+                # Where a manifest tells what is finished, the record is made again from that.
+                if begun is None:
+                    raise InputError(
+                        f"{run_dir / RESULT} is not a result of this version ({error}): "
+                        "choose another directory (hydra.run.dir=DIR)"
+                    ) from error
+        finished = result if result is not None and result.status == "completed" else None
         if begun is not None:
-            refuse_changes(run_dir, begun["run_identity"]["config"], asked_config(config))
+            refuse_changes(run_dir, begun["run_identity"].get("config", {}), asked_config(config))
         elif finished is not None:
             refuse_changes(run_dir, without_incidental(finished.config), asked_config(config))
+            raise InputError(
+                f"{run_dir / MANIFEST} has gone, and nothing else tells what the files of a "
+                f"finished run should be: remove {run_dir} to run again, or choose another "
+                "directory (hydra.run.dir=DIR)"
+            )
+        if begun is not None and result is not None and result.status == "running":
+            line = "its process ended without a word: give the same command again to continue"
+            write_result(replace(result, status="interrupted", error=line), run_dir)
         yield finished
 
 
 @contextmanager
 def log_file(run_dir: Path) -> Iterator[None]:
     """Write the project's log to `run.log` and its warnings to standard error."""
-    file = logging.FileHandler(run_dir / "run.log")
+    stream = open_plain(run_dir / "run.log", "a")
+    file = logging.StreamHandler(stream)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = logging.StreamHandler()
     screen.setLevel(logging.WARNING)
@@ -79,7 +95,7 @@ def log_file(run_dir: Path) -> Iterator[None]:
     finally:
         log.removeHandler(file)
         log.removeHandler(screen)
-        file.close()
+        stream.close()
         for handler in others:
             handler.removeFilter(scrub_record)
 
@@ -87,7 +103,8 @@ def log_file(run_dir: Path) -> Iterator[None]:
 def save_composition(composed: DictConfig, run_dir: Path) -> None:
     """Write what Hydra composed, in Hydra's own layout; its writing would precede the claim."""
     folder = run_dir / ".hydra"
-    folder.mkdir(exist_ok=True)
+    with disk_errors(folder, "made"):
+        inside(run_dir, ".hydra/config.yaml").parent.mkdir(exist_ok=True)
     hydra_config = HydraConfig.get()
     parts = {
         "config": scrub(OmegaConf.to_container(composed)),

@@ -6,7 +6,6 @@ What does grow, with the calibration set, are the hidden states between two bloc
 fit there, else to host memory, else to a file.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block, describe_blocks
 from mi_experiments.llm.loading import choose_device, load_skeleton
 from mi_experiments.method.pruning import check_dimensions
+from mi_experiments.persistence.atomic import free_disk, require_disk
 
 GIB, MIB = 2**30, 2**20
 
@@ -192,10 +192,12 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
 
     Raises:
         InputError: it does not fit, or a linear does not fit what is asked for.
+        ResumableError: it fits when there is room on the disk.
     """
-    model, blocks = outline_model(config)
+    needs = measure_needs(*outline_model(config), config)
     room = find_room(choose_device(config.model.device), run_dir, config)
-    return plan_memory(measure_needs(model, blocks, config), room, config)
+    require_disk(run_dir, needs.stored, room.disk)
+    return plan_memory(needs, room, config)
 
 
 def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
@@ -288,7 +290,7 @@ def find_room(device: str, directory: Path, config: Config) -> Room:
 
     Args:
         device: where blocks run.
-        directory: of the records, or the nearest folder above it that exists.
+        directory: of the records; compressed blocks that it already holds need no room.
         config: of the run.
     """
     accelerator = None
@@ -299,8 +301,7 @@ def find_room(device: str, directory: Path, config: Config) -> Room:
     host = free_host_memory()
     if config.memory.host is not None:
         host = int(config.memory.host * GIB)
-    existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    return Room(accelerator, host, shutil.disk_usage(existing).free)
+    return Room(accelerator, host, free_disk(directory, "model", "candidates"))
 
 
 def free_host_memory(root: Path = ROOT) -> int:

@@ -94,7 +94,7 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
     """Measure the perplexity of the dense or the compressed model on every text, once."""
     evaluations: dict[str, Evaluation] = {}
     for index, text in enumerate(run.texts):
-        name = f"evaluations/{phase}-{index:03}.json"
+        name = evaluation_file(phase, index)
         row = run.commits.read_json(name)
         if row is None:
             row = asdict(evaluate_text(run, text, weights, phase))
@@ -102,6 +102,11 @@ def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
         evaluations[text.name] = Evaluation(**row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
         run.recorder.update(**{phase: dict(evaluations)})
+
+
+def evaluation_file(phase: str, index: int) -> str:
+    """Return where the perplexity on a text is committed."""
+    return f"evaluations/{phase}-{index:03}.json"
 
 
 def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: str) -> Evaluation:
@@ -262,9 +267,12 @@ def conclude(run: Run, plan: Plan) -> None:
     """Record what all linears together are, and hold the model to its budget."""
     model = run.config.model
     inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
+    sha256 = run.stored.sha256()
+    # What is evaluated by several processes, or after damage was mended, is one model.
+    run.commits.bind("compressed", sha256)
     run.recorder.update(
         **totals(run.recorder.linears, plan),
         coverage=inventory.coverage,
-        compressed_sha256=run.stored.sha256(),
+        compressed_sha256=sha256,
     )
     run.commits.adopt(LINEARS)

@@ -15,6 +15,7 @@ from mi_experiments.config.texts import OnNonfinite
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import MiError, ResumableError
 from mi_experiments.experiment.cache import RunCache, computed_by
+from mi_experiments.experiment.finished import reopen, set_aside
 from mi_experiments.experiment.memory_plan import in_a_line, plan_run
 from mi_experiments.experiment.phases import PLAN, Run, check_samples, compress, evaluate, make_plan
 from mi_experiments.experiment.progress import Progress
@@ -68,8 +69,13 @@ def run_experiment(
     recorder = Recorder(config, run_dir)
     recorder.update()
     try:
-        with reproducible_arithmetic(config.seed), recorder.count_retries():
-            run = compute(config, recorder, tracker, progress, stop or StopRequest(), on_dense)
+        stop = stop or StopRequest()
+        with (
+            reproducible_arithmetic(config.seed),
+            recorder.count_retries(),
+            stop.telling(recorder.stop),
+        ):
+            run = compute(config, recorder, tracker, progress, stop, on_dense)
         if recorder.result.bits is not None:
             check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
         recorder.update(status="completed")
@@ -159,8 +165,10 @@ def open_run(
     commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
     if config.export is Export.dense:
         read_settings(opened, recorder.run_dir)  # what cannot be saved shows before hours are spent
+    reopen(commits, config.export, len(opened.weights.blocks))
     recorder.open()
     recorder.update(provenance=provenance)
+    set_aside(commits)
     computed = computed_by(opened, provenance, config.model.blocks)
     return Run(
         config=config,

@@ -161,7 +161,7 @@ class StoredModel:
 
     def _names(self, block: int) -> list[str]:
         """Return the files of a block: weights, reports, and what the export asks for."""
-        names = [self._file(block + 1), f"{self.folder}{REPORTS}/{block:05}.json"]
+        names = [self._file(block + 1), f"{self.folder}{reports_file(block)}"]
         part = {Export.dense: GRIDS, Export.packed: PACKED}.get(self.config.export)
         return names if part is None else [*names, f"{self.folder}{part}/{block:05}.safetensors"]
 
@@ -181,6 +181,11 @@ class StoredModel:
         for key, tensor in module.state_dict().items():
             if tensor.is_meta or not same_bits(tensor, before[key]):
                 raise AuditError(f"{name}: {key} on disk differs from what was compressed")
+
+
+def reports_file(block: int) -> str:
+    """Return where the reports of a block are committed."""
+    return f"{REPORTS}/{block:05}.json"
 
 
 def read_settings(opened: OpenModel, run_dir: Path) -> dict[str, bytes]:

@@ -8,6 +8,8 @@ holder ends in any way, and computes; whoever comes later waits, and reads.
 Entries live in the cache of the user and not in a sweep's folder: they are known by content, so
 none is ever out of date, and a single run, a repeated sweep and a resumed one share them as jobs of
 one sweep do. Nothing but time is lost when the folder is removed, at any moment.
+
+The SHA-256 finds damage, and no forgery; so a folder that others may write to is refused.
 """
 
 import fcntl
@@ -15,17 +17,19 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mi_experiments.errors import MiError
-from mi_experiments.persistence.atomic import save_atomically
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.persistence.atomic import TEMPORARY, open_plain, save_atomically
+from mi_experiments.persistence.own_folder import is_own, make_own, refuse_others
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +79,32 @@ def find_or_compute(path: Path, compute: Callable[[], Content]) -> Content:
         return content
 
 
-def read_entry(path: Path) -> Content | None:
-    """Return a sound entry, or None."""
+def check_folder(folder: Path) -> None:
+    """Refuse a cache to which anybody else may write.
+
+    Raises:
+        InputError: it is one.
+    """
     try:
+        refuse_others(folder)
+    except PermissionError as error:
+        raise InputError(
+            f"the cache {folder} is not used: {error}, who could put false numbers there; set "
+            "MI_EXPERIMENTS_CACHE to a folder that is yours alone, or take their right to write "
+            "away (chmod go-w)"
+        ) from error
+
+
+def read_entry(path: Path) -> Content | None:
+    """Return a sound entry, or None.
+
+    Raises:
+        InputError: others may write to its folder.
+    """
+    check_folder(path.parent)
+    try:
+        if not is_own(path):
+            return None
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             seal = json.loads((file.metadata() or {})["entry"])
@@ -120,16 +147,31 @@ def locked(
         path: of the entry.
         on_wait: called once if another job holds it.
         check: called now and then while waiting; may raise to give up.
+
+    Raises:
+        InputError: others may write to its folder.
     """
+    check_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("a")
-    except OSError as error:
+        make_own(path.parent)
+        lock = open_plain(path.with_suffix(".lock"), "a")
+    except (OSError, MiError) as error:
         log.warning("the cache %s cannot be used: %s", path.parent, error)
         yield False
         return
     with lock:
-        yield _wait(lock.fileno(), path, on_wait, check)
+        writable = _wait(lock.fileno(), path, on_wait, check)
+        if writable:
+            _remove_halves(path)
+        yield writable
+
+
+def _remove_halves(path: Path) -> None:
+    """Remove what a process that was killed has left of an entry whose lock is held."""
+    for half in path.parent.glob(f".{path.name}.*.tmp"):
+        if TEMPORARY.fullmatch(half.name):
+            with suppress(OSError):
+                shutil.rmtree(half) if half.is_dir() else half.unlink()
 
 
 def _wait(

@@ -2,7 +2,8 @@
 
 A commit is one or more files that count all at once: each appears whole (`atomic.place`), and only
 then are they named in `manifest.json`, with their SHA-256. The manifest also holds the run_identity
-of everything that the numbers depend on; a run directory with another one is refused.
+of everything that the numbers depend on; a run directory with another one is refused. It is sealed,
+and a name in it that leads out of the run directory is refused before anything is touched.
 """
 
 import json
@@ -19,10 +20,12 @@ from mi_experiments.errors import InputError
 from mi_experiments.persistence.atomic import (
     disk_errors,
     file_hash,
+    inside,
     remove_temporaries,
     save_atomically,
     write_atomically,
 )
+from mi_experiments.persistence.seals import open_seal, seal
 
 log = logging.getLogger(__name__)
 
@@ -97,20 +100,22 @@ class Commits:
 
         Raises:
             ResumableError: the disk is full; earlier commits are as they were.
+            InputError: a folder is a link, or the disk refuses for another reason.
         """
         for name, content in files.items():
-            with disk_errors(self.run_dir / name):
-                (self.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            path = inside(self.run_dir, name)
+            with disk_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, bytes):
-                write_atomically(self.run_dir / name, content)
+                write_atomically(path, content)
             else:
-                save_atomically(self.run_dir / name, *content)
+                save_atomically(path, *content)
 
     def adopt(self, *names: str) -> None:
         """Let files that are already there count."""
         before = dict(self.files)
         for name in names:
-            path = self.run_dir / name
+            path = inside(self.run_dir, name)
             self.files[name] = {"sha256": file_hash(path), "bytes": path.stat().st_size}
         if self.files != before:
             self._write_manifest()
@@ -121,11 +126,10 @@ class Commits:
         A file whose content is not what was committed is set aside under another name and no longer
         counts, so that its part of the run is computed again.
         """
-        entry = self.files.get(name)
-        if entry is None:
+        if name not in self.files:
             return None
-        path = self.run_dir / name
-        if path.is_file() and file_hash(path) == entry["sha256"]:
+        path = inside(self.run_dir, name)
+        if is_sound(path, self.files[name]):
             return path
         if path.is_file():
             path.rename(damaged_sibling(path))
@@ -160,8 +164,7 @@ class Commits:
         kept = {n: entry for n, entry in self.files.items() if n.split("/")[0] not in folders}
         if kept == self.files:
             return
-        for name in self.files.keys() - kept.keys():
-            path = self.run_dir / name
+        for path in [inside(self.run_dir, name) for name in self.files.keys() - kept.keys()]:
             path.unlink(missing_ok=True)
             damaged_sibling(path).unlink(missing_ok=True)
         emptied = {
@@ -179,7 +182,13 @@ class Commits:
 
     def _write_manifest(self) -> None:
         content = {"run_identity": self.run_identity, "files": dict(sorted(self.files.items()))}
-        write_atomically(self.run_dir / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+        text = json.dumps(seal(content), indent=1) + "\n"
+        write_atomically(self.run_dir / MANIFEST, text.encode())
+
+
+def is_sound(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a file is there and is what was committed."""
+    return path.is_file() and file_hash(path) == entry["sha256"]
 
 
 def damaged_sibling(path: Path) -> Path:
@@ -210,17 +219,25 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     """Return the manifest of a run directory, or None if it has none.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, is not what was written, or names a file that is not below
+            the run directory.
     """
     path = run_dir / MANIFEST
     if not path.is_file():
         return None
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content, _ = open_seal(json.loads(path.read_text()))
         content["run_identity"].keys()
-        content["files"].keys()
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it to begin again") from error
+        for entry in content["files"].values():
+            if not isinstance(entry["sha256"], str):
+                raise TypeError("a hash is no text")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} is damaged ({error}), and nothing else tells what is finished: remove "
+            f"{run_dir} to begin again, or choose another directory (hydra.run.dir=DIR)"
+        ) from error
+    for name in content["files"]:
+        inside(run_dir, name)
     return content
 
 

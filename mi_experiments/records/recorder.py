@@ -1,5 +1,6 @@
 """Keep the result so far on disk, so that nothing computed is ever lost."""
 
+import json
 import logging
 import resource
 import time
@@ -16,7 +17,9 @@ from mi_experiments.config.config import Config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.out_of_memory import Retries, count_retries, shortage_in
 from mi_experiments.persistence.commits import read_manifest
+from mi_experiments.persistence.seals import open_seal
 from mi_experiments.records.result import (
+    RESULT,
     LinearReport,
     Result,
     read_result,
@@ -40,6 +43,7 @@ class Recorder:
         self.linears: list[LinearReport] = []
         self.retries = Retries()
         self.earlier_retries = 0
+        self.stopping: str | None = None
         self.result = Result(
             status="running",
             error=None,
@@ -55,16 +59,17 @@ class Recorder:
             seconds={},
             resumed=0,
         )
-        with suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        with suppress(FileNotFoundError, ValueError):
             # Of an earlier process only its time counts: all else is committed, or done again.
-            earlier = read_result(run_dir)
-            self.result = replace(
-                self.result,
-                seconds=earlier.seconds,
-                from_cache=earlier.from_cache,
-                resumed=earlier.resumed + 1,
-            )
-            self.earlier_retries = earlier.retries
+            earlier, sealed = read_sealed(run_dir)
+            if sealed is not None:
+                self.result = replace(
+                    self.result,
+                    seconds=earlier.seconds,
+                    from_cache=earlier.from_cache,
+                    resumed=earlier.resumed + 1,
+                )
+                self.earlier_retries = earlier.retries
 
     def open(self) -> None:
         """Write the result from now on."""
@@ -77,10 +82,22 @@ class Recorder:
         self.result = replace(self.result, **changes)
         if not self.opened:
             return
-        write_result(self.result, self.run_dir)
         if len(self.linears) > self.written:
             write_linears(self.linears, self.run_dir)
             self.written = len(self.linears)
+        told = False
+        while not told:
+            # A signal may come in the middle, and this be called from within.
+            stopping, shown = self.stopping, self.result
+            if stopping is not None and shown.status == "running":
+                shown = replace(shown, status="interrupted", error=stopping)
+            write_result(shown, self.run_dir)
+            told = stopping == self.stopping
+
+    def stop(self, line: str) -> None:
+        """Let the record say that the run was interrupted, for as long as it has no other end."""
+        self.stopping = line
+        self.update()
 
     def note_from_cache(self, phase: str, name: str) -> None:
         """Record at once that a part of a phase was read and not computed.
@@ -112,6 +129,19 @@ class Recorder:
         finally:
             elapsed = time.perf_counter() - started + self.result.seconds.get(name, 0.0)
             self.update(seconds=self.result.seconds | {name: elapsed})
+
+
+def read_sealed(run_dir: Path) -> tuple[Result, dict[str, str] | None]:
+    """Read `result.json`, and the hashes of files beside it; None where it carries no seal.
+
+    Raises:
+        ValueError: it is not what was written, or no result of this version.
+    """
+    try:
+        _, beside = open_seal(json.loads((run_dir / RESULT).read_text()))
+        return read_result(run_dir), beside
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def peak_memory() -> dict[str, int]:

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mi_experiments.config.renames import record_with_new_names
-from mi_experiments.persistence.atomic import write_atomically
+from mi_experiments.persistence.atomic import file_hash, write_atomically
+from mi_experiments.persistence.seals import SEAL, seal
 from mi_experiments.records.candidates import SafetyNet
 
 RESULT = "result.json"
@@ -241,6 +242,7 @@ class Result:
         stability: mean of that of the linears, by their weights; None where none has one.
         safety_net: what it compared and kept; None without one.
         compressed_sha256: of all compressed blocks; None until there are all.
+        seal: of the file, see `seals`; empty in records without one.
     """
 
     status: str
@@ -263,11 +265,18 @@ class Result:
     stability: float | None = None
     safety_net: SafetyNet | None = None
     compressed_sha256: str | None = None
+    seal: dict[str, str] = field(default_factory=dict, compare=False)
 
 
 def write_result(result: Result, run_dir: Path) -> None:
-    """Write `result.json` atomically."""
-    text = json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False)
+    """Write `result.json` atomically, with a seal on it and on `timings.parquet`.
+
+    These two differ between equal runs; so they are not in the manifest, which does not.
+    """
+    timings = run_dir / TIMINGS
+    beside = {TIMINGS: file_hash(timings)} if timings.is_file() else {}
+    content = {key: part for key, part in dataclasses.asdict(result).items() if key != SEAL}
+    text = json.dumps(seal(content, beside), indent=2, allow_nan=False)
     write_atomically(run_dir / RESULT, (text + "\n").encode())
 
 

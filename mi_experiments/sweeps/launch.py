@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from mi_experiments.config.secrets import scrub
-from mi_experiments.errors import MiError
+from mi_experiments.errors import MiError, in_a_line
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.export.stored_model import tidy
 from mi_experiments.persistence.atomic import write_atomically
@@ -225,7 +225,7 @@ def describe_failure(error: Exception) -> JobEnd:
     """Return an exception as the end of a job."""
     if isinstance(error, MiError):
         return JobEnd(scrub(str(error)), error.exit_code)
-    if isinstance(error, OSError) and error.filename is not None:
-        return JobEnd(scrub(f"{error.strerror}: {error.filename}"), 2)
+    if isinstance(error, OSError):
+        return JobEnd(scrub(in_a_line(error)), 2)
     first = (str(error).strip() or "no message").splitlines()[0]
     return JobEnd(scrub(f"{type(error).__name__}: {first}"), 1)

@@ -77,8 +77,9 @@ def threads_of(begun: dict[str, Any] | None) -> Iterator[None]:
         begun: manifest of the run; None if nothing was begun.
     """
     before = torch.get_num_threads()
-    if begun is not None:
-        torch.set_num_threads(begun["run_identity"].get("threads", before))
+    threads = None if begun is None else begun["run_identity"].get("threads")
+    if isinstance(threads, int) and threads > 0:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mi_experiments.errors import InputError
-from mi_experiments.persistence.atomic import write_atomically
+from mi_experiments.persistence.atomic import open_plain, remove_temporaries, write_atomically
 from mi_experiments.records.result import RESULT, Result, read_result
 
 SWEEP = "sweep.json"
@@ -148,7 +148,7 @@ def hold(sweep_dir: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it; the line says which.
     """
-    with (sweep_dir / LOCK).open("a+") as lock:
+    with open_plain(sweep_dir / LOCK, "a+") as lock:
         # A child that is forked and outlives this process must not go on holding it.
         os.register_at_fork(after_in_child=lock.close)
         try:
@@ -161,6 +161,8 @@ def hold(sweep_dir: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
+        # Its own alone: in the folder of a job another process may be at work.
+        remove_temporaries(sweep_dir, below=False)
         try:
             yield
         finally:

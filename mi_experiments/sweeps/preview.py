@@ -26,7 +26,13 @@ def look_at(sweep: Sweep, job: Job) -> Outcome:
     if job.refusal is not None:
         return replace(outcome, status="failed", error=job.refusal, exit_code=2)
     result = try_result(sweep.directory / job.directory)
-    if result is not None and result.status == "completed" and job.is_asked_in(result.config):
+    complete = result is not None and result.status == "completed"
+    if result is not None and complete and job.is_asked_in(result.config):
+        from mi_experiments.experiment.finished import is_intact
+
+        if not is_intact(sweep.directory / job.directory):
+            # Its own process says what is damaged, and computes that again.
+            return outcome
         return replace(describe(outcome, result), status="skipped", exit_code=0)
     return outcome
 
