@@ -13,6 +13,8 @@ import pandas as pd
 from rich.console import Console
 
 from mi_experiments.comparison.formats import draw, write_table
+from mi_experiments.comparison.identity import kept_apart, mixtures
+from mi_experiments.comparison.inert import visible
 from mi_experiments.comparison.run_table import (
     AVERAGED,
     COUNT,
@@ -21,9 +23,17 @@ from mi_experiments.comparison.run_table import (
     SYNONYMS,
     find_column,
     read_runs,
+    show_value,
     varying,
 )
-from mi_experiments.comparison.statistics import add_difference, average_over, pivot
+from mi_experiments.comparison.statistics import (
+    add_difference,
+    average_over,
+    joined_by_means,
+    joined_by_pairs,
+    pivot,
+    split_baseline,
+)
 from mi_experiments.comparison.views.data import Comparison, choose_colour, gather_details
 from mi_experiments.comparison.views.page import write_page
 from mi_experiments.comparison.where import select_rows
@@ -47,6 +57,10 @@ columns: the settings by config key (wbits.average) or short name (wbits); dense
 perplexity; excess = compressed - dense negative log-likelihood, nats per token; average_bits and
 effective_bits per weight; seconds; peak_memory in bytes. Averaged columns have NAME_ci95 (half the
 width of the interval) and NAME_n (samples) beside them.
+
+A record that cannot be read is a note and left out; a run whose files contradict each other is
+`inconsistent`, with no number. Runs of other model files, texts or numerics are never one mean.
+Exit codes: 0 if anything could be compared, 2 if nothing could or the command line is wrong.
 """
 
 
@@ -69,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fail(line: str, code: int) -> None:
     """Print one line to standard error and leave."""
-    print(f"{PROGRAM}: {' '.join(line.split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {visible(' '.join(line.split()))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -126,7 +140,7 @@ def compare(options: argparse.Namespace) -> None:
     form = choose_format(options.format, options.output)
     runs, shown, notes = make_table(options)
     if options.views:
-        notes += write_views(compose(runs, shown, options), options)
+        notes += write_views(compose(runs, shown, options, notes), options)
         if options.output is None and options.format is None:
             print_notes(notes)
             return
@@ -134,7 +148,7 @@ def compare(options: argparse.Namespace) -> None:
         # Imported late: only this needs torch.
         from mi_experiments.comparison.group_agreement import agreement_over
 
-        shown = agreement_over(runs, options.paths, options.stability)
+        shown = agreement_over(runs, options.paths, options.stability, notes)
     elif options.pivot:
         shown = pivot(shown, *options.pivot)
     else:
@@ -144,18 +158,22 @@ def compare(options: argparse.Namespace) -> None:
 
 def make_table(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the runs in order; they or their means, in order; and notes about them."""
-    runs = read_runs(options.paths)
+    left_out: list[str] = []
+    runs = read_runs(options.paths, left_out)
     if options.where:
         runs = select_rows(runs, options.where)
-    notes = unfinished(runs)
+    notes = left_out + unfinished(runs) + kept_apart(runs, varying(runs))
     if options.baseline:
         runs = add_difference(runs, options.baseline)
         alone = int((runs["difference"].isna() & (runs["status"] == "completed")).sum())
         notes += [f"{alone} rows have no partner with {options.baseline}"] * bool(alone)
+        keys = [part.partition("=")[0] for part in split_baseline(options.baseline)]
+        notes += mixtures(runs, joined_by_pairs(runs, keys), "--baseline: differences")
     if not options.over:
         runs = sort_rows(runs, options.sort)
         return runs, runs, notes
     means = sort_rows(average_over(runs, options.over), options.sort)
+    notes += mixtures(runs, joined_by_means(runs, options.over), "--over: a mean")
     # The runs have no column for what an average adds: `runs`, `excess_ci95`.
     of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *SYNONYMS}]
     return sort_rows(runs, of_runs), means, notes
@@ -166,12 +184,25 @@ def sort_rows(frame: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     for key in reversed(keys):
         column = find_column(frame, key.removeprefix("-"))
         rising = not key.startswith("-")
-        frame = frame.sort_values(column, ascending=rising, kind="stable", ignore_index=True)
+        try:
+            frame = frame.sort_values(column, ascending=rising, kind="stable", ignore_index=True)
+        except TypeError:  # numbers and text in one column
+            shown = frame.assign(**{column: frame[column].map(show_value)})
+            order = shown.sort_values(column, ascending=rising, kind="stable").index
+            frame = frame.loc[order].reset_index(drop=True)
     return frame
 
 
-def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace) -> Comparison:
-    """Return what the views show: the runs and, where `shown` is their means, both."""
+def compose(
+    runs: pd.DataFrame,
+    shown: pd.DataFrame,
+    options: argparse.Namespace,
+    notes: list[str] | None = None,
+) -> Comparison:
+    """Return what the views show: the runs and, where `shown` is their means, both.
+
+    Notes receive what cannot be read.
+    """
     means = shown if options.over else None
     asked = [] if options.over else options.columns
     return Comparison(
@@ -181,7 +212,7 @@ def compose(runs: pd.DataFrame, shown: pd.DataFrame, options: argparse.Namespace
         columns=page_columns(runs, asked),
         mean_columns=page_columns(shown, options.columns) if options.over else (),
         colour=choose_colour(shown, options.by),
-        details=gather_details(options.paths, runs["run"]),
+        details=gather_details(options.paths, runs["run"], notes),
         command=options.command,
     )
 
@@ -284,4 +315,4 @@ def deliver(
 def print_notes(notes: Sequence[str]) -> None:
     """Print to standard error what a file has no place for."""
     for note in notes:
-        print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+        print(f"{PROGRAM}: note: {visible(note)}", file=sys.stderr)

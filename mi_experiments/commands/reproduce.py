@@ -14,8 +14,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mi_experiments.commands.run import STOP, prepare_process
+from mi_experiments.comparison.inert import escape_markdown, visible
 from mi_experiments.config.compose import conf_directory, explain, from_hydra
 from mi_experiments.config.identity import asked_config, without_incidental
 from mi_experiments.config.secrets import scrub
@@ -23,6 +25,7 @@ from mi_experiments.errors import InputError, MiError, ResumableError, VerdictEr
 from mi_experiments.experiment.directory import claim, log_file, save_composition
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.persistence.atomic import write_atomically
+from mi_experiments.records.record_check import check_record
 from mi_experiments.records.result import RESULT, Evaluation, Result, read_result
 from mi_experiments.reproduction.pin import pin
 from mi_experiments.reproduction.preview import plan_job, plan_table, summary
@@ -64,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def fail(line: str, code: int) -> None:
     """Print one line to standard error and leave."""
-    print(f"{PROGRAM}: {' '.join(scrub(line).split())}", file=sys.stderr)
+    print(f"{PROGRAM}: {visible(' '.join(scrub(line).split()))}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -127,7 +130,8 @@ def reproduce(options: argparse.Namespace) -> None:
     failed = sum(judgement.verdict == FAIL for judgement in judgements)
     for judgement in judgements:
         if judgement.verdict in (FAIL, NOT_RUN) and judgement.why:
-            print(f"{judgement.row} {judgement.phase} {judgement.text}: {judgement.why}")
+            line = f"{judgement.row} {judgement.phase} {judgement.text}: {judgement.why}"
+            print(visible(line))
     if failed:
         raise VerdictError(f"{failed} of {len(judgements)} numbers are not as expected")
 
@@ -154,7 +158,7 @@ def judge_row(
     run_dir = options.against or Path(composed.hydra.run.dir)
     result: Result | None = None
     note = ""
-    if options.against or (options.judge and (run_dir / "result.json").is_file()):
+    if options.against or (options.judge and (run_dir / RESULT).exists()):
         result = recorded(run_dir)
         ran = without_incidental(result.config)
     signatures, shapes = read_conf("signatures"), read_conf("shapes")
@@ -168,7 +172,10 @@ def judge_row(
             result, note = run_row(row, composed, run_dir, changes, other, signatures)
             if note.startswith("dense: "):
                 wrong[key] = row
-    judgements = judge(row, asked.model.name, asked.expected, result, changes, signatures, note)
+    lies = check_record(run_dir, whole=True) if result and result.status == "completed" else []
+    judgements = judge(
+        row, asked.model.name, asked.expected, result, changes, signatures, note, lies
+    )
     if not (other or asked.expected.content_hashes):
         other = unproved(asked.model, ran["model"], judgements, shapes)
     return set_aside(judgements, other), result
@@ -187,14 +194,12 @@ def recorded(run_dir: Path) -> Result:
     """Read the result of a run.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is none, or it cannot be read (`BrokenRecord`).
     """
     try:
         return read_result(run_dir)
     except FileNotFoundError:
         raise InputError(f"{run_dir}: no run is recorded there (no result.json)") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_dir}: its result.json is none of this version: {error}") from error
 
 
 def run_row(
@@ -281,12 +286,15 @@ def verdict_table(judgements: Sequence[Judgement]) -> Table:
     for heading in HEADINGS:
         table.add_column(heading, overflow="fold")
     for judgement in judgements:
-        table.add_row(*cells(judgement))
+        table.add_row(*(Text(visible(cell)) for cell in cells(judgement)))
     return table
 
 
 def markdown(judgements: Sequence[Judgement]) -> str:
     """Return the verdicts as a Markdown table, with source and reason."""
     rows = [[*HEADINGS, "why", "source"], ["---"] * (len(HEADINGS) + 2)]
-    rows += [[*cells(judgement), judgement.why, judgement.source] for judgement in judgements]
+    rows += [
+        [escape_markdown(cell) for cell in (*cells(judgement), judgement.why, judgement.source)]
+        for judgement in judgements
+    ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

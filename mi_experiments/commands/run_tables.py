@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from mi_experiments.comparison.inert import visible
 from mi_experiments.config.config import Config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.experiment.dry_run import Outline
@@ -29,7 +31,7 @@ def print_result(
         lines.append(("compare", f"mi-compare {sweep_dir}"))
     lines += [("W&B", note) for note in notes]
     for title, line in lines:
-        console.print(f"{title:<8} {line}", soft_wrap=True, highlight=False, markup=False)
+        console.print(visible(f"{title:<8} {line}"), soft_wrap=True, highlight=False, markup=False)
 
 
 def perplexity_table(result: Result) -> Table:
@@ -42,8 +44,8 @@ def perplexity_table(result: Result) -> Table:
         table.add_column("floor", justify="right")
     for name, dense in result.dense.items():
         compressed = result.compressed[name]
-        cells = [
-            name,
+        cells: list[str | Text] = [
+            Text(visible(name)),
             f"{dense.count} {dense.windows}",
             f"{dense.tokens:,}",
             show_perplexity(dense),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mi_experiments.comparison.inert import escape_markdown, escape_spreadsheet, visible
 from mi_experiments.comparison.run_table import COUNT, INTERVAL, RESULTS, show_value
 
 UNFOLDED = 10_000
@@ -35,10 +36,10 @@ def write_table(
     match form:
         case "parquet":
             sink = BytesIO()
-            frame.to_parquet(sink, index=False)
+            of_one_type(frame).to_parquet(sink, index=False)
             return sink.getvalue()
         case "csv":
-            text = frame.to_csv(index=False)
+            text = for_spreadsheet(frame).to_csv(index=False)
         case "json":
             rows = frame.astype(object).where(frame.notna(), None).to_dict("records")
             text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
@@ -53,6 +54,26 @@ def write_table(
     return text.encode()
 
 
+def of_one_type(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with text in the columns whose values are of several types."""
+    mixed = [name for name in frame if len(set(map(type, frame[name].dropna()))) > 1]
+    return frame.assign(**{
+        name: frame[name].map(lambda cell: None if pd.isna(cell) else show_value(cell))
+        for name in mixed
+    })
+
+
+def for_spreadsheet(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with text, names of columns too, that no spreadsheet runs."""
+    shown = frame.astype(object).map(
+        lambda cell: escape_spreadsheet(cell) if isinstance(cell, str) else cell
+    )
+    inert = {
+        name: shown[name] if frame[name].dtype.kind in "OUT" else frame[name] for name in frame
+    }
+    return pd.DataFrame(inert).rename(columns=escape_spreadsheet)
+
+
 def is_result(name: str) -> bool:
     """Tell whether a column holds measured numbers: also one of a pivot, `wbits=3`."""
     return name in RESULTS or "=" in name or name.endswith(INTERVAL)
@@ -64,13 +85,13 @@ def draw(frame: pd.DataFrame, digits: int | None, notes: Sequence[str], console:
     shown = for_people(frame, 4 if digits is None else digits, units=True)
     for name in shown:
         numeric = pd.api.types.is_numeric_dtype(frame[name])
-        heading = name.replace("_", "\n") if name in RESULTS else name
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        heading = name.replace("_", "\n") if name in RESULTS else visible(name)
+        table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
     for row in shown.itertuples(index=False, name=None):
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     console.print(table)
     for note in notes:
-        console.print(Text(note), soft_wrap=True)
+        console.print(Text(visible(note)), soft_wrap=True)
 
 
 def for_people(frame: pd.DataFrame, digits: int | None, *, units: bool = False) -> pd.DataFrame:
@@ -132,8 +153,11 @@ def writer(name: str, column: pd.Series, digits: int | None, units: bool) -> Cal
 def to_markdown(frame: pd.DataFrame, digits: int | None) -> str:
     """Write a pipe table."""
     shown = for_people(frame, digits)
-    lines = [list(shown), [align(frame, name, "---:", "---") for name in shown]]
-    lines += shown.map(lambda cell: cell.replace("|", r"\|")).to_numpy().tolist()
+    lines = [
+        [escape_markdown(name) for name in shown],
+        [align(frame, name, "---:", "---") for name in shown],
+    ]
+    lines += shown.map(escape_markdown).to_numpy().tolist()
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -158,4 +182,4 @@ def escape_latex(text: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
                "±": r"$\pm$", "–": "--"}  # fmt: skip
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)
+    return "".join(special.get(character, character) for character in visible(text))

@@ -6,7 +6,6 @@ taken at every site and averaged over the sites.
 """
 
 import itertools
-import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -20,12 +19,16 @@ from torch import Tensor
 from mi_experiments.comparison.run_table import cells, find_runs, find_settings, stands_for, varying
 from mi_experiments.errors import InputError
 from mi_experiments.method.grouping import adjusted_rand_index
+from mi_experiments.persistence.plain_json import BrokenRecord, parse_json
 
 PLAN = "plan.safetensors"
 
 
 def agreement_over(
-    frame: pd.DataFrame, paths: Sequence[Path], names: Sequence[str]
+    frame: pd.DataFrame,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    left_out: list[str] | None = None,
 ) -> pd.DataFrame:
     """Compare the groups of runs that agree in everything that varies except some settings.
 
@@ -33,6 +36,7 @@ def agreement_over(
         frame: rows of `read_runs`; only completed runs count.
         paths: that they were read from.
         names: settings in which the runs of a pair may differ, and differ in at least one.
+        left_out: receives a line for each run whose plan cannot be read; None if that is an error.
 
     Returns:
         A row for each group of such runs: its settings, `runs`, `pairs`, `sites`, `agreement`
@@ -53,13 +57,21 @@ def agreement_over(
     ]
     done = frame[frame["status"] == "completed"].drop_duplicates("run")
     places = {name: directory for directory, name in find_runs(paths).items()}
+    groups_of: dict[str, dict[str, Tensor]] = {}
     members: dict[tuple[Any, ...], list[str]] = {}
     for key, run in zip(cells(done[apart]), done["run"], strict=True):
-        members.setdefault(key, []).append(run)
+        try:
+            groups_of[run] = read_groups(places[run])
+        except InputError as error:
+            if left_out is None:
+                raise
+            left_out.append(f"left out: {error}")
+        else:
+            members.setdefault(key, []).append(run)
     asked = dict(zip(done["run"], cells(done[over]), strict=True))
     rows = []
     for key, runs in members.items():
-        groups = {run: read_groups(places[run]) for run in runs}
+        groups = {run: groups_of[run] for run in runs}
         pairs = [
             pair for pair in itertools.combinations(runs, 2) if asked[pair[0]] != asked[pair[1]]
         ]
@@ -95,14 +107,32 @@ def read_groups(run_dir: Path) -> dict[str, Tensor]:
     """
     path = run_dir / PLAN
     groups: dict[str, Tensor] = {}
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is no plan of a run: it is no file")
     try:
         with safe_open(path, "pt") as file:
-            for name, (_, site, *_) in json.loads(file.metadata()["plan"])["linears"].items():
+            plan = parse_json(file.metadata()["plan"], path)
+            for name, (_, site, *_) in plan["linears"].items():
                 if site not in groups:
-                    groups[site] = file.get_tensor(f"{name}.channel_group")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                    groups[site] = channel_groups(file.get_tensor(f"{name}.channel_group"))
+    except BrokenRecord:
+        raise
+    except (
+        OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError
+    ) as error:  # fmt: skip
         raise InputError(f"{path} is no plan of a run: {type(error).__name__}: {error}") from error
     return groups
+
+
+def channel_groups(tensor: Tensor) -> Tensor:
+    """Return the group of every channel.
+
+    Raises:
+        ValueError: it is none: not one whole number a channel.
+    """
+    if tensor.ndim != 1 or not len(tensor) or tensor.is_floating_point() or tensor.is_complex():
+        raise ValueError(f"{tuple(tensor.shape)} {tensor.dtype} are no groups of channels")
+    return tensor
 
 
 def compare_groups(

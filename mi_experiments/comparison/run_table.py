@@ -8,6 +8,7 @@ what they have no number for is missing, and nothing is ever averaged across two
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,17 @@ from typing import Any
 
 import pandas as pd
 
+from mi_experiments.comparison.identity import (
+    FOLLOWS,
+    MACHINE,
+    PROVENANCE,
+    follows,
+    identity_columns,
+)
 from mi_experiments.config.renames import KEYS
 from mi_experiments.errors import InputError
+from mi_experiments.persistence.plain_json import BrokenRecord
+from mi_experiments.records.record_check import check_result
 from mi_experiments.records.result import RESULT, Result, read_result
 
 SHORT = {
@@ -42,38 +52,72 @@ RESULTS = ("realised_sparsity", "average_bits", "effective_bits", "dense", "comp
            "difference", "seconds", "peak_memory")  # fmt: skip
 AVERAGED = ("average_bits", "effective_bits", "compressed", "excess", "difference", "seconds")
 INTERVAL, COUNT = "_ci95", "_n"
-PROVENANCE = ("numerics_version", "device", "tokens_sha256")
-"""Known once a run has begun, and as good a reason as a setting to keep two runs apart."""
+INCONSISTENT = "inconsistent"
+"""Status of a completed run whose files contradict each other: none of its numbers is shown."""
 
-NO_SETTING = {"run", "status", "error", "runs", *RESULTS} | {
+NO_SETTING = {"run", "status", "error", "runs", *RESULTS, *MACHINE} | {
     f"{name}{suffix}" for name in AVERAGED for suffix in (INTERVAL, COUNT)
 }
 BOOKKEEPING = re.compile(r"tracking\..*|expected(\..*)?|export|reuse|dry_run")
 """Keys that cannot move a number: runs that differ in nothing else are alike."""
 
 
-def read_runs(paths: Sequence[Path]) -> pd.DataFrame:
+def read_runs(paths: Sequence[Path], left_out: list[str] | None = None) -> pd.DataFrame:
     """Read every run at or below the paths, a row for each of its evaluation texts.
 
     Columns: `dense` and `compressed` are perplexities, `excess` is the compressed model's mean
     negative log-likelihood above the dense one's, nats per token; `average_bits` and
     `effective_bits` are per weight; `seconds` is the sum over all phases and `peak_memory` the
-    larger of host and accelerator, bytes. What a record does not have is missing (NaN).
+    larger of host and accelerator, bytes. What a record does not have is missing (NaN). A run whose
+    files contradict each other has the status `inconsistent`, no number, and as its error what is
+    wrong.
+
+    Args:
+        paths: run directories, sweeps or trees.
+        left_out: receives a line for each record that cannot be read, and the others are returned;
+            None if such a record is an error.
 
     Raises:
-        InputError: a path is no directory, has no run below it, or a record cannot be read.
+        InputError: a path is no directory or has no run below it, or no record can be read.
     """
     rows: list[dict[str, Any]] = []
+    broken: list[str] = []
     for directory, name in find_runs(paths).items():
         try:
-            rows += run_rows(name, read_result(directory))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            line = f"{type(error).__name__}: {error}"
-            raise InputError(f"{directory / RESULT} is no record of a run: {line}") from error
-    leading = ["run", "status", *SHORT.values(), "text", *RESULTS, "error", *PROVENANCE]
+            rows += read_rows_of(directory, name)
+        except (BrokenRecord, OSError) as error:
+            line = str(error)
+            if not isinstance(error, BrokenRecord):
+                line = f"{error.filename or directory}: {error.strerror or error}"
+            broken.append(line)
+            if left_out is None:
+                raise InputError(f"{directory / RESULT} is no record of a run: {line}") from error
+    if not rows:
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise InputError(f"no record can be read: {broken[0]}{more}")
+    if left_out is not None:
+        left_out += [f"left out: {line}" for line in broken]
+    leading = ["run", "status", *SHORT.values(), "text", *RESULTS, "error", *PROVENANCE, *MACHINE]
     leading.remove("difference")
     found = dict.fromkeys(key for row in rows for key in row)
     return pd.DataFrame(rows, columns=leading + [name for name in found if name not in leading])
+
+
+def read_rows_of(directory: Path, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a run, without numbers if its files contradict each other.
+
+    Raises:
+        BrokenRecord: one of its files cannot be read.
+    """
+    result = read_result(directory)
+    rows = run_rows(name, result)
+    if contradictions := check_result(result, directory):
+        number = {key: math.nan for key in RESULTS if key != "difference"}
+        rows = [
+            row | number | {"status": INCONSISTENT, "error": "; ".join(contradictions)}
+            for row in rows
+        ]
+    return rows
 
 
 def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
@@ -82,7 +126,9 @@ def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
     for root in paths:
         if not root.is_dir():
             raise InputError(f"{root} is no directory: give run directories, sweeps or trees")
-        runs = sorted((file.parent for file in root.rglob(RESULT)), key=natural_order)
+        # A record that is a folder, or a link to nowhere, is one, too.
+        walked = ((Path(folder), [*names, *files]) for folder, names, files in os.walk(root))
+        runs = sorted((folder for folder, names in walked if RESULT in names), key=natural_order)
         if not runs:
             raise InputError(f"{root} holds no run: there is no {RESULT} at or below it")
         for run in runs:
@@ -93,7 +139,8 @@ def find_runs(paths: Sequence[Path]) -> dict[Path, str]:
     }
     if len(set(names.values())) < len(names) or "" in names.values():
         names = {run: str(directory) for run, (_, directory) in found.items()}
-    return names
+    # A name of a file may be any bytes; what is printed and written must be text.
+    return {run: os.fsencode(name).decode(errors="backslashreplace") for run, name in names.items()}
 
 
 def natural_order(path: Path) -> list[str | int]:
@@ -105,7 +152,9 @@ def natural_order(path: Path) -> list[str | int]:
 def run_rows(name: str, result: Result) -> list[dict[str, Any]]:
     """Return the rows of one run; of the texts' own settings, a row has those of its text."""
     config = dict(flatten(result.config))
-    asked = result.config.get("evaluation", {}).get("datasets", {})
+    evaluation = result.config.get("evaluation")
+    asked = evaluation.get("datasets") if isinstance(evaluation, Mapping) else None
+    asked = asked if isinstance(asked, Mapping) else {}
     run = {
         "run": name,
         "status": result.status,
@@ -115,15 +164,14 @@ def run_rows(name: str, result: Result) -> list[dict[str, Any]]:
         "effective_bits": result.bits.effective if result.bits else math.nan,
         "seconds": sum(result.seconds.values()) if result.seconds else math.nan,
         "peak_memory": max(result.memory.values(), default=math.nan),
-        "numerics_version": result.provenance.numerics_version if result.provenance else math.nan,
-        "device": result.provenance.device if result.provenance else math.nan,
-    }
+    } | identity_columns(result.provenance)  # fmt: skip
     rows = []
     for text in dict.fromkeys([*asked, *result.dense, *result.compressed]) or [None]:
         dense, compressed = result.dense.get(text or ""), result.compressed.get(text or "")
         settings = {
             SHORT.get(key, key): value
             for key, value in config.items()
+            if key not in NO_SETTING
             if not key.startswith("evaluation.datasets.") or belongs(key, text)
         }
         results = {
@@ -194,6 +242,11 @@ def varying(frame: pd.DataFrame) -> list[str]:
     """
     names = [
         name for name in settings(frame) if not BOOKKEEPING.fullmatch(name) and differs(frame, name)
+    ]
+    names = [
+        name
+        for name in names
+        if name not in FOLLOWS or not follows(frame, name, [n for n in names if n != name])
     ]
     order = {name: (DOTTED.get(name, name).count("."), names.index(name)) for name in names}
     return [

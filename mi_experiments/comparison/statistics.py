@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from mi_experiments.comparison.identity import PROVENANCE, tell_models_apart
 from mi_experiments.comparison.run_table import (
     AVERAGED,
     COUNT,
@@ -44,7 +45,7 @@ def add_difference(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     Raises:
         InputError: an unknown key or value, two baselines for one run, or no pair at all.
     """
-    wanted = dict(part.partition("=")[::2] for part in re.split(r",(?=[\w.]+=)", baseline))
+    wanted = dict(part.partition("=")[::2] for part in split_baseline(baseline))
     columns = find_settings(frame, wanted, "--baseline")
     completed = (frame["status"] == "completed") & frame["excess"].notna()
     chosen = completed.copy()
@@ -76,6 +77,11 @@ def add_difference(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return frame.assign(difference=excess)
 
 
+def split_baseline(baseline: str) -> list[str]:
+    """Split `KEY=VALUE[,KEY=VALUE]`; a value may have commas."""
+    return re.split(r",(?=[\w.]+=)", baseline)
+
+
 def explain_no_pair(
     frame: pd.DataFrame, keys: Sequence[str], completed: pd.Series, chosen: pd.Series
 ) -> str:
@@ -88,6 +94,10 @@ def explain_no_pair(
     if not apart:
         return "there are no completed runs on both sides"
     fewest: list[str] = min(apart, key=len)
+    if origin := [key for key in fewest if key in PROVENANCE]:
+        return (
+            f"no run agrees with a baseline in everything else; they differ in {', '.join(origin)}"
+        )
     return f"no run agrees with a baseline in everything else; add {', '.join(fewest)}"
 
 
@@ -126,12 +136,8 @@ def average_over(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         if name not in free and name not in apart and frame[name].nunique(dropna=False) == 1
     ]
     identity = ["status", "error", *apart]
-    agreeing = cells(frame[identity])
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for row, key in enumerate(agreeing):
-        groups.setdefault(key, []).append(row)
     rows = []
-    for members in groups.values():
+    for members in agreeing_rows(frame, identity):
         group = frame.iloc[members]
         refuse_repeats(group, over)
         first = group.iloc[0]
@@ -139,6 +145,28 @@ def average_over(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     order = [name for name in frame if name in {*identity, *constant}]
     averaged = pd.DataFrame(rows)
     return averaged[order + [name for name in averaged if name not in order]]
+
+
+def agreeing_rows(frame: pd.DataFrame, names: Sequence[str]) -> list[list[int]]:
+    """Return the places of the rows that agree in some columns, together."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for row, key in enumerate(cells(frame[list(names)])):
+        groups.setdefault(key, []).append(row)
+    return list(groups.values())
+
+
+def joined_by_means(frame: pd.DataFrame, names: Sequence[str]) -> list[list[int]]:
+    """Return the places of the rows that `average_over` joins to one mean each."""
+    free = stands_for(frame, find_settings(frame, names, "--over"))
+    return agreeing_rows(frame, ["status", *(name for name in varying(frame) if name not in free)])
+
+
+def joined_by_pairs(frame: pd.DataFrame, names: Sequence[str]) -> list[list[int]]:
+    """Return the places of the rows that `add_difference` compares with one baseline each."""
+    free = stands_for(frame, find_settings(frame, names, "--baseline"))
+    paired = frame["difference"].notna()
+    keys = [name for name in varying(frame) if name not in free]
+    return [[row for row in members if paired.iloc[row]] for members in agreeing_rows(frame, keys)]
 
 
 def refuse_repeats(group: pd.DataFrame, over: list[str]) -> None:
@@ -212,10 +240,19 @@ def pivot(frame: pd.DataFrame, rows: str, columns: str, value: str) -> pd.DataFr
     Interval and count go with an averaged value. Rows without the value leave their cell missing.
 
     Raises:
-        InputError: an unknown column, or two rows with a value for one cell.
+        InputError: an unknown column, two rows with a value for one cell, or cells of different
+            models or texts that neither setting tells apart.
     """
     down, across = find_settings(frame, (rows, columns), "--pivot")
     value = find_column(frame, value)
+    known = frame[frame[value].notna()]
+    told = stands_for(known, (down, across))
+    others = [name for name in varying(known) if name not in told]
+    if origin := tell_models_apart(known, others):
+        raise InputError(
+            f"--pivot: the cells are of different {', '.join(origin)}: name it as rows or "
+            "columns, or choose one with --where"
+        )
     table: dict[Any, dict[str, Any]] = {}
     for row in frame.to_dict("records"):
         label = f"{across}={show_value(row[across])}"

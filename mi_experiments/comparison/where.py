@@ -12,6 +12,12 @@ from mi_experiments.errors import InputError
 WORDS = {"null": None, "true": True, "false": False}
 OPERATORS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=",
              ast.In: "in", ast.NotIn: "not in"}  # fmt: skip
+LONGEST = 10_000
+"""Characters that a condition may have."""
+
+REFUSED = (SyntaxError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+           NameError, NotImplementedError)  # fmt: skip
+"""What parsing a condition and comparing columns with values may raise."""
 
 
 def select_rows(frame: pd.DataFrame, expression: str) -> pd.DataFrame:
@@ -23,19 +29,26 @@ def select_rows(frame: pd.DataFrame, expression: str) -> pd.DataFrame:
     Raises:
         InputError: anything else in it, an unknown column, or no row for which it holds.
     """
+    said = expression if len(expression) <= 200 else f"{expression[:80]}…"
+    if len(expression) > LONGEST:
+        raise InputError(
+            f"--where {said!r} has {len(expression):,} characters: it may have {LONGEST:,}"
+        )
     try:
         tree = ast.parse(expression.strip(), mode="eval")
         query = Query(frame)
         text = query.condition(tree.body)
         named = frame[list(query.columns)].set_axis(list(query.columns.values()), axis=1)
         chosen = named.query(text, engine="python", local_dict=query.values).index
-    except (SyntaxError, TypeError, ValueError, RecursionError) as error:
-        reason = str(getattr(error, "msg", None) or error)
+    except (RecursionError, MemoryError):
+        raise InputError(f"--where {said!r} is nested too deep to be understood") from None
+    except REFUSED as error:
+        reason = " ".join(str(getattr(error, "msg", None) or error).split())
         if isinstance(error, SyntaxError):
             reason += " (compare with ==, write text in quotes)"
-        raise InputError(f"--where {expression!r} cannot be understood: {reason}") from error
+        raise InputError(f"--where {said!r} cannot be understood: {reason}") from error
     if chosen.empty:
-        raise InputError(f"--where {expression!r} holds for none of {len(frame)} rows")
+        raise InputError(f"--where {said!r} holds for none of {len(frame)} rows")
     return frame.loc[chosen].reset_index(drop=True)
 
 
@@ -121,7 +134,9 @@ def dotted_name(node: ast.expr) -> str:
 
 def refuse(node: ast.AST) -> InputError:
     """Return the error for a part of an expression that is no comparison."""
+    text = " ".join(ast.unparse(node).split())
+    shown = text if len(text) <= 200 else f"{text[:80]}…"
     return InputError(
-        f"--where: {ast.unparse(node)} is not allowed: compare columns with values "
+        f"--where: {shown} is not allowed: compare columns with values "
         "(== != < <= > >=, in [...]), joined by and, or, not"
     )

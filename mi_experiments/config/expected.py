@@ -55,4 +55,4 @@ class ExpectedConfig:
     source: Annotated[str, About("the paper, or the run that was pinned")]
     dense: Annotated[NumbersConfig, About("of the model as loaded")]
     compressed: Annotated[NumbersConfig, About("of the compressed model")]
-    fingerprint: Annotated[dict[str, str], About("content hashes of a pinned run")]
+    content_hashes: Annotated[dict[str, str], About("content hashes of a pinned run")]

@@ -11,6 +11,7 @@ from mi_experiments.errors import InputError, as_typed
 
 KEYS = {
     "reuse": "cache",
+    "expected.fingerprint": "expected.content_hashes",
     "recipe.input_share": "recipe.input_correction",
     "recipe.residual_share": "recipe.residual_correction",
 }

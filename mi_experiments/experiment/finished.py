@@ -17,7 +17,7 @@ import pyarrow as pa
 from mi_experiments.config.config import Export
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.phases import evaluation_file
-from mi_experiments.experiment.safety_net import VERDICT
+from mi_experiments.experiment.safety_net import CHOICE
 from mi_experiments.export.stored_model import reports_file
 from mi_experiments.persistence.commits import (
     Commits,
@@ -117,7 +117,7 @@ def reopen(commits: Commits, export: Export, blocks: int) -> None:
             for index, row in enumerate(texts.values()):
                 files[evaluation_file(phase, index)] = json.dumps(asdict(row), indent=1).encode()
     if result.safety_net is not None:
-        files[VERDICT] = json.dumps(asdict(result.safety_net), indent=1).encode()
+        files[CHOICE] = json.dumps(asdict(result.safety_net), indent=1).encode()
     if result.compressed_sha256 is not None:
         commits.bind("compressed", result.compressed_sha256)
     timings = (beside or {}).get(TIMINGS)

@@ -26,6 +26,7 @@ from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.records.provenance import measure_provenance, run_identity
+from mi_experiments.records.record_check import NUMBERS, hash_of_numbers
 from mi_experiments.records.recorder import Recorder
 from mi_experiments.records.result import Evaluation, Result
 from mi_experiments.records.tracking import Tracker
@@ -78,6 +79,8 @@ def run_experiment(
             run = compute(config, recorder, tracker, progress, stop, on_dense)
         if recorder.result.bits is not None:
             check_fallbacks(recorder.linears, recorder.result.bits, config.recipe.max_escalated)
+        # Before it is complete: a process that is killed in between does both again.
+        run.commits.seal(NUMBERS, hash_of_numbers(recorder.result))
         recorder.update(status="completed")
         tidy(run.commits, config.export)
     except BaseException as error:

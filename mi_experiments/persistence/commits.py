@@ -25,6 +25,7 @@ from mi_experiments.persistence.atomic import (
     save_atomically,
     write_atomically,
 )
+from mi_experiments.persistence.plain_json import read_json
 from mi_experiments.persistence.seals import open_seal, seal
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,12 @@ class Commits:
         if key in self.run_identity:
             refuse_changes(self.run_dir, self.run_identity, {key: value})
         else:
+            self.run_identity[key] = value
+            self._write_manifest()
+
+    def seal(self, key: str, value: Any) -> None:
+        """Keep what is known only at the end beside the identity; an earlier value gives way."""
+        if self.run_identity.get(key) != value:
             self.run_identity[key] = value
             self._write_manifest()
 
@@ -226,7 +233,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content, _ = open_seal(json.loads(path.read_text()))
+        content, _ = open_seal(read_json(path))
         content["run_identity"].keys()
         for entry in content["files"].values():
             if not isinstance(entry["sha256"], str):

@@ -1,6 +1,7 @@
 """Where a run's numbers come from: versions, commit, machine, seeds and content hashes."""
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -20,8 +21,10 @@ from mi_experiments.config.config import Config
 from mi_experiments.config.identity import NUMERICS_VERSION, asked_config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.llm.loading import ModelSource, content_hash
+from mi_experiments.persistence.atomic import file_hash
 from mi_experiments.records.result import Provenance
 from mi_experiments.texts.overlap import Overlap
+from mi_experiments.texts.sources import calibration_source
 from mi_experiments.texts.windows import token_hash
 
 LIBRARIES = ("mi-experiments", "torch", "transformers", "tokenizers", "datasets", "numpy")
@@ -81,7 +84,17 @@ def measure_provenance(
         calibration_duplicates=overlap and overlap.duplicates,
         calibration_shared=overlap and len(overlap.shared),
         calibration_left_out=left_out if overlap else None,
+        calibration_text_sha256=hash_of_calibration_text(config),
     )
+
+
+def hash_of_calibration_text(config: Config) -> str | None:
+    """Return one hash of the files that calibration draws from; None for the own language."""
+    source = calibration_source(config)
+    if source is None:
+        return None
+    hashes = [file_hash(path) for path in source.files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def name_processor() -> str:

@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 
 from mi_experiments.config.renames import record_with_new_names
 from mi_experiments.persistence.atomic import file_hash, write_atomically
+from mi_experiments.persistence.plain_json import BrokenRecord
 from mi_experiments.persistence.seals import SEAL, seal
 from mi_experiments.records.candidates import SafetyNet
+from mi_experiments.records.record_types import check_rows, read_as, read_rows
 
 RESULT = "result.json"
 LINEARS = "linears.parquet"
@@ -183,6 +185,8 @@ class Provenance:
         calibration_duplicates: of these, how many repeat an earlier one.
         calibration_shared: how many, passages of running text too, evaluation has as well.
         calibration_left_out: how many of those are not drawn from: all, or none if published.
+        calibration_text_sha256: content hash of the files that calibration draws from, whatever it
+            draws; None for the embedded language, and in records without it.
     """
 
     numerics_version: int
@@ -204,6 +208,7 @@ class Provenance:
     calibration_duplicates: int | None = None
     calibration_shared: int | None = None
     calibration_left_out: int | None = None
+    calibration_text_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -281,14 +286,14 @@ def write_result(result: Result, run_dir: Path) -> None:
 
 
 def read_result(run_dir: Path) -> Result:
-    """Read `result.json` back as the value it was written from, old names as those of today."""
-    data = record_with_new_names(json.loads((run_dir / RESULT).read_text()))
-    for key in ("dense", "compressed"):
-        data[key] = {name: Evaluation(**entry) for name, entry in data[key].items()}
-    data["provenance"] = data["provenance"] and Provenance(**data["provenance"])
-    data["bits"] = data["bits"] and Bits(**data["bits"])
-    net = data.get("safety_net")
-    return Result(**{**data, "safety_net": net and SafetyNet.from_json(net)})
+    """Read `result.json` back as the value it was written from, old names as those of today.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BrokenRecord: it is not what `write_result` writes; the line names the first thing.
+    """
+    result: Result = read_as(Result, run_dir / RESULT, record_with_new_names)
+    return result
 
 
 LINEAR_SCHEMA = pa.schema([
@@ -337,13 +342,19 @@ def write_linears(linears: Sequence[LinearReport], run_dir: Path) -> None:
 
 
 def read_linears(run_dir: Path) -> list[LinearReport]:
-    """Read what `write_linears` wrote back as the values that it was written from."""
-    rows = pq.read_table(run_dir / LINEARS, schema=LINEAR_SCHEMA).to_pylist()
-    timings = pq.read_table(run_dir / TIMINGS, schema=TIMING_SCHEMA).to_pylist()
-    return [
-        LinearReport.from_json(row | {"bits": dict(row["bits"]), "seconds": timing["seconds"]})
-        for row, timing in zip(rows, timings, strict=True)
-    ]
+    """Read what `write_linears` wrote back as the values that it was written from.
+
+    Raises:
+        FileNotFoundError: there are none.
+        BrokenRecord: they are not what `write_linears` writes.
+    """
+    rows = read_rows(run_dir / LINEARS, LINEAR_SCHEMA)
+    unknown = [row | {"seconds": 0.0} for row in rows]
+    linears: list[LinearReport] = check_rows(LinearReport, unknown, run_dir / LINEARS)
+    timings = {row["name"]: row["seconds"] for row in read_rows(run_dir / TIMINGS, TIMING_SCHEMA)}
+    if [linear.name for linear in linears] != list(timings) or None in timings.values():
+        raise BrokenRecord(f"{run_dir / TIMINGS} is not of the linears of {LINEARS}")
+    return [dataclasses.replace(linear, seconds=timings[linear.name]) for linear in linears]
 
 
 def total_bits(linears: Sequence[LinearReport], requested: float) -> Bits:

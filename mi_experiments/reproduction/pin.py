@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from mi_experiments.config.identity import without_incidental
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.atomic import write_atomically
+from mi_experiments.records.record_check import check_record
 from mi_experiments.records.result import read_result
 from mi_experiments.reproduction.verdicts import content_hashes
 
@@ -27,7 +28,8 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
     """Write `experiment/pinned/NAME.yaml` from a completed run, and return its path.
 
     Raises:
-        InputError: the run is not complete, or the name is not a plain one.
+        InputError: the run is not complete, its files contradict each other, or the name is not a
+            plain one.
     """
     if not name.isidentifier():
         raise InputError(f"--pin {name}: a name has letters, digits and _ only")
@@ -37,6 +39,8 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
         raise InputError(f"--pin {run_dir}: no run is recorded there") from None
     if result.status != "completed" or result.provenance is None:
         raise InputError(f"--pin {run_dir}: the run is {result.status}, not completed")
+    if contradictions := check_record(run_dir, whole=True):
+        raise InputError(f"--pin {run_dir}: {'; '.join(contradictions)}")
     choices = OmegaConf.load(run_dir / ".hydra" / "hydra.yaml").hydra.runtime.choices
     groups = [
         {f"override /{group}": choice}

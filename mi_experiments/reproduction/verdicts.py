@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mi_experiments.config.expected import Comparison, Evidence, ExpectedConfig, NumbersConfig
@@ -25,6 +25,10 @@ FOLLOWS = {
     "evaluation": ("evaluation.", "corpora.", "dataset."),
 }
 """Settings by which a content hash changes, which then is no cause of its own."""
+
+SAME_BITS = 1e-5
+"""Share by which the perplexity of the very same weights on the very same tokens may move: other
+kernels sum in another order."""
 
 SIGNATURE = 0.003
 """Share within which a value is taken for a known wrong one."""
@@ -68,6 +72,7 @@ def judge(
     changes: Sequence[str],
     signatures: Sequence[Mapping[str, Any]],
     note: str = "",
+    contradictions: Sequence[str] = (),
 ) -> list[Judgement]:
     """Judge every text that is expected or was measured, dense first.
 
@@ -79,10 +84,14 @@ def judge(
         changes: in what the run is not the row's.
         signatures: known wrong numbers.
         note: why there is no number, or what is not known of a run that is complete.
+        contradictions: what its files say against each other: then no number of it passes.
     """
     prints = hash_changes(expected.content_hashes, result)
-    causes = [*changes, *exact_changes(changes, prints)]
-    unexplained = unexplained_bits(causes, prints)
+    causes = [*contradictions, *changes, *exact_changes(changes, prints)]
+    unexplained = [*unknown_bits(expected, result), *unexplained_bits(causes, prints)]
+    if expected.content_hashes and result is not None and not (causes or unexplained):
+        same = result.compressed_sha256 == expected.content_hashes.get("compressed")
+        expected = of_same_bits(expected, compressed=same)
     shown = (*MACHINE, "model_revision", "numerics_version", "compressed")
     mismatches = [line for line in prints if kind_of(line) in shown]
     if result is not None and result.status == "completed" and note:
@@ -124,6 +133,30 @@ def exact_changes(changes: Sequence[str], prints: Sequence[str]) -> list[str]:
         followed |= {"calibration", "evaluation"}
     causes = [*EXACT, "model_revision"] if files and "model_files" not in followed else EXACT
     return [line for line in prints if kind_of(line) in causes and kind_of(line) not in followed]
+
+
+def of_same_bits(expected: ExpectedConfig, *, compressed: bool) -> ExpectedConfig:
+    """Return what is expected of the very same weights: no more than kernels may move.
+
+    Args:
+        expected: of a pinned row, whose model and tokens are the run's.
+        compressed: whether the compressed blocks are the pinned ones, too.
+    """
+    exact = {
+        phase: replace(numbers, tolerance=min(numbers.tolerance, SAME_BITS))
+        for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed))
+        if numbers.comparison is Comparison.within and (phase == "dense" or compressed)
+    }
+    return replace(expected, **exact)
+
+
+def unknown_bits(expected: ExpectedConfig, result: Result | None) -> list[str]:
+    """Say that it is not known which compressed blocks a number is of, where a row pins them."""
+    if not expected.content_hashes or result is None or not result.compressed:
+        return []
+    if "compressed" not in expected.content_hashes:
+        return ["compressed: the row does not say which bits are pinned; pin it again"]
+    return [] if result.compressed_sha256 else ["compressed_sha256 is missing in the record"]
 
 
 def unexplained_bits(causes: Sequence[str], prints: Sequence[str]) -> list[str]:

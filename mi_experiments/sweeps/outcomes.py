@@ -18,6 +18,8 @@ from typing import Any
 
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.atomic import open_plain, remove_temporaries, write_atomically
+from mi_experiments.persistence.plain_json import BrokenRecord
+from mi_experiments.records.record_types import short_hash
 from mi_experiments.records.result import RESULT, Result, read_result
 
 SWEEP = "sweep.json"
@@ -43,6 +45,7 @@ class Outcome:
         effective_bits: everything stored, per weight.
         seconds: over all the times that it was continued.
         exit_code: what a run of its own would have ended with.
+        model_files: short hash of the files of its model, where they are known.
     """
 
     directory: str
@@ -55,6 +58,7 @@ class Outcome:
     effective_bits: float | None = None
     seconds: float | None = None
     exit_code: int | None = None
+    model_files: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,28 @@ def describe(outcome: Outcome, result: Result) -> Outcome:
         compressed={name: text.perplexity for name, text in result.compressed.items()},
         effective_bits=result.bits.effective if result.bits else None,
         seconds=sum(result.seconds.values(), 0.0),
+        model_files=short_hash(result.provenance.model_files) if result.provenance else None,
     )
+
+
+def tell_models(outcomes: Sequence[Outcome]) -> str:
+    """Say which jobs of one model, as it was asked for, read other files; empty if none did."""
+    models: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for number, outcome in enumerate(outcomes, start=1):
+        asked = tuple(value for key, value in outcome.swept.items() if key.startswith("model"))
+        if outcome.model_files is not None:
+            files = models.setdefault(asked, {})
+            files.setdefault(outcome.model_files, []).append(str(number))
+    for files in models.values():
+        if len(files) > 1:
+            parts = [f"{name} (job {', '.join(jobs)})" for name, jobs in files.items()]
+            return f"not one model: its files have changed between jobs: {'; '.join(parts)}"
+    return ""
 
 
 def try_result(run_dir: Path) -> Result | None:
     """Return the result of a run directory, or None if there is none that can be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, BrokenRecord):
         return read_result(run_dir)
     return None
 

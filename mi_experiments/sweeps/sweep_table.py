@@ -6,8 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mi_experiments.sweeps.outcomes import Estimate, Outcome
+from mi_experiments.comparison.inert import visible
+from mi_experiments.sweeps.outcomes import Estimate, Outcome, tell_models
 
 SHOWN_VALUES = 12
 """Most values of one key that the plan names."""
@@ -40,10 +42,10 @@ def print_plan(
     table.add_row("to do", str(counts["not run"]))
     if counts["failed"]:
         first = next(outcome for outcome in outcomes if outcome.status == "failed")
-        table.add_row("cannot run", f"{counts['failed']}: {first.error}")
+        table.add_row("cannot run", Text(visible(f"{counts['failed']}: {first.error}")))
     for key, values in axes.items():
         shown = ", ".join(values[:SHOWN_VALUES]) + (", …" if len(values) > SHOWN_VALUES else "")
-        table.add_row("swept", f"{key} = {shown}")
+        table.add_row("swept", Text(visible(f"{key} = {shown}")))
     if counts["not run"] and expected is not None:
         table.add_row("time", f"about {show_seconds(expected.seconds)}, one job after another")
         table.add_row("disk", f"about {show_bytes(expected.bytes)}")
@@ -70,7 +72,7 @@ def print_job(
     if left is not None and left.seconds:
         parts.append(f"about {show_seconds(left.seconds)} left")
     line = " · ".join(part for part in parts if part)
-    console.print(line, soft_wrap=True, highlight=False, markup=False)
+    console.print(visible(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def print_outcomes(
@@ -82,14 +84,16 @@ def print_outcomes(
     headings = ("job", *axes, "status", "perplexity", "effective bits", "seconds")
     for heading in headings:
         right = heading in {"job", "effective bits", "seconds"}
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            Text(visible(heading)), justify="right" if right else "left", overflow="fold"
+        )
     for number, outcome in enumerate(outcomes, start=1):
         bits, seconds = outcome.effective_bits, outcome.seconds
         table.add_row(
             str(number),
-            *(outcome.swept[key] for key in axes),
+            *(Text(visible(outcome.swept[key])) for key in axes),
             outcome.status,
-            show_perplexities(outcome),
+            Text(visible(show_perplexities(outcome))),
             "" if bits is None else f"{bits:.4f}",
             "" if seconds is None else f"{seconds:.1f}",
         )
@@ -99,13 +103,15 @@ def print_outcomes(
         if outcome.error is not None:
             log = f"  ({show_path(directory / outcome.log)})" if outcome.log else ""
             lines.append(f"job {number} {outcome.status}: {' '.join(outcome.error.split())}{log}")
+    if models := tell_models(outcomes):
+        lines.append(models)
     lines.append(f"records  {show_path(directory)}")
     if any(outcome.compressed for outcome in outcomes):
         lines.append(f"compare  mi-compare {show_path(directory)}")
     if (directory / "wandb").is_dir():
         lines.append(f"W&B      wandb leet {show_path(directory / 'wandb')}")
     for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        console.print(visible(line), soft_wrap=True, highlight=False, markup=False)
 
 
 def show_perplexities(outcome: Outcome) -> str:

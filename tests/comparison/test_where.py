@@ -100,3 +100,29 @@ def test_anything_else_is_refused_in_one_line(frame: pd.DataFrame, expression: s
     with pytest.raises(InputError) as caught:
         select_rows(frame, expression)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "not " * 2000 + "wbits == 3",
+        "not " * 20_000 + "wbits == 3",
+        "(" * 4000 + "wbits == 3" + ")" * 4000,
+        "-" * 9000 + "1 == wbits",
+        "wbits" + ".a" * 4500 + " == 3",
+        "wbits == " + "[" * 4000 + "]" * 4000,
+        " and ".join(["wbits == 99"] * 2000),
+        "wbits == " + "9" * 5000,
+        "excess < " + "9" * 400,
+        "wbits == 3 # " + "x" * 10_000,
+        "grouping == '" + "x" * 11_000 + "'",
+        "wbits ==\n\n 'a' + 1",
+        "excess in [" + "9" * 400 + "]",
+    ],
+    ids=range(13),
+)
+def test_an_absurd_condition_is_one_short_line(frame: pd.DataFrame, expression: str) -> None:
+    with pytest.raises(InputError) as caught:
+        select_rows(frame, expression)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600

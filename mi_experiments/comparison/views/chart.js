@@ -57,7 +57,9 @@ function chart(host, options) {
   const [toX, toY] = scales(options, box);
   axes(plot, toX, toY, box, { x: x.label, y: y.label });
   for (const guide of guides) plot.append(level(guide, toY, box));
-  if (frontier) plot.append(stairs(points, toX, toY, box));
+  if (frontier)
+    for (const model of new Set(points.map((point) => point.model)))
+      plot.append(stairs(points.filter((point) => point.model === model), toX, toY, box));
   for (const { x: across, y: up, look } of faint) {
     const mark = svg("path", { class: "mark", d: look.shape, fill: look.colour, transform: "scale(0.7)" });
     plot.append(svg("g", { class: "faint", transform: `translate(${toX(across)} ${toY(up)})` }, mark));

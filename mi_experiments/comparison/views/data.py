@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from mi_experiments.comparison.identity import tell_models_apart
 from mi_experiments.comparison.run_table import (
     COUNT,
     DOTTED,
@@ -25,6 +26,7 @@ from mi_experiments.comparison.run_table import (
     varying,
 )
 from mi_experiments.errors import InputError
+from mi_experiments.persistence.plain_json import BrokenRecord
 from mi_experiments.records.result import LINEARS, LinearReport, Result, read_linears, read_result
 
 LABELS = {
@@ -111,6 +113,12 @@ class Comparison:
     command: str
 
     @property
+    def models(self) -> list[str]:
+        """The columns in which the shown rows are of different models, texts or numerics."""
+        frame = self.runs if self.means is None else self.means
+        return tell_models_apart(frame, varying(frame))
+
+    @property
     def chosen(self) -> str | None:
         """The run whose layers are shown first: the first completed one that has them."""
         rows = zip(self.runs["run"], self.runs["status"], strict=True)
@@ -120,8 +128,16 @@ class Comparison:
         return None
 
 
-def gather_details(paths: Sequence[Path], runs: Iterable[str]) -> dict[str, RunDetail]:
+def gather_details(
+    paths: Sequence[Path], runs: Iterable[str], left_out: list[str] | None = None
+) -> dict[str, RunDetail]:
     """Read the records of some runs below the paths, with the linears of those that have them.
+
+    Args:
+        paths: that the runs were read from.
+        runs: their names.
+        left_out: receives a line for each run whose linears cannot be read, which then has none;
+            None if that is an error.
 
     Raises:
         InputError: the linears of a run cannot be read.
@@ -134,9 +150,10 @@ def gather_details(paths: Sequence[Path], runs: Iterable[str]) -> dict[str, RunD
         if (directory / LINEARS).exists():
             try:
                 linears = read_linears(directory)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                line = " ".join(f"{type(error).__name__}: {error}".split())
-                raise InputError(f"{directory / LINEARS} cannot be read: {line}") from error
+            except (OSError, BrokenRecord) as error:
+                if left_out is None:
+                    raise InputError(str(error)) from error
+                left_out.append(f"left out: {error}")
         details[run] = RunDetail(directory, read_result(directory), linears)
     return details
 
@@ -207,10 +224,12 @@ def to_plain(comparison: Comparison) -> dict[str, Any]:
     """
     frame, means = comparison.runs, comparison.means
     shapes: list[dict[str, list[Any]]] = []
+    statuses = dict(zip(frame["run"], frame["status"], strict=True))
+    errors = dict(zip(frame["run"], frame["error"], strict=True))
     runs = {
         run: {
-            "status": detail.result.status,
-            "error": detail.result.error,
+            "status": statuses[run],
+            "error": plain(errors[run]),
             "seconds": detail.result.seconds,
             "memory": detail.result.memory,
             "command": detail.result.provenance and detail.result.provenance.command,
@@ -235,6 +254,7 @@ def to_plain(comparison: Comparison) -> dict[str, Any]:
         "mean_columns": list(comparison.mean_columns),
         "varying": apart,
         "mean_varying": [] if means is None else [n for n in varying(means) if n != "runs"],
+        "models": comparison.models,
         "axes": numeric_settings(frame),
         "losses": drawn_losses(frame),
         "colour": comparison.colour,

@@ -116,7 +116,9 @@ function pointOf(row, x) {
   );
   const title = state.means ? `Mean of ${row[y + DATA.count]} runs` : row.run;
   const pick = row.run ? () => choose(row.run) : null;
-  return { x: row[x], y: row[y], left, right, low, high, run: row.run, ring: true, title, lines, pick };
+  // What another model reaches is nothing that this one could: each has a frontier of its own.
+  const model = JSON.stringify(DATA.models.map((name) => row[name] ?? null));
+  return { x: row[x], y: row[y], left, right, low, high, run: row.run, ring: true, title, lines, pick, model };
 }
 
 function guidesOf(rows) {

@@ -98,16 +98,23 @@ def draw_frontier(comparison: Comparison, text: object, loss: str) -> Figure | s
     for _, series in group_rows(rows, names):
         scatter(axes, series, "effective_bits", loss, look_of(comparison, looks, series))
     if len(rows) > 1 and loss != "difference":
-        stairs = rows.sort_values(["effective_bits", loss])
-        least = stairs[loss].cummin()
-        stairs = stairs[least.diff().fillna(-1) < 0]
-        axes.step(
-            [*stairs["effective_bits"], rows["effective_bits"].max()],
-            [*stairs[loss], stairs[loss].iloc[-1]],
-            where="post", color="#9aa5b0", linewidth=0.8, zorder=1, label="frontier",
-        )  # fmt: skip
+        # What another model reaches is nothing that this one could.
+        for _, members in group_rows(rows, comparison.models):
+            draw_stairs(axes, members, loss)
     save_plot(figure, axes, comparison, looks, rows, loss)
     return figure
+
+
+def draw_stairs(axes: Axes, rows: pd.DataFrame, loss: str) -> None:
+    """Draw the lowest loss at that many effective bits or fewer."""
+    stairs = rows.sort_values(["effective_bits", loss])
+    least = stairs[loss].cummin()
+    stairs = stairs[least.diff().fillna(-1) < 0]
+    axes.step(
+        [*stairs["effective_bits"], rows["effective_bits"].max()],
+        [*stairs[loss], stairs[loss].iloc[-1]],
+        where="post", color="#9aa5b0", linewidth=0.8, zorder=1, label="frontier",
+    )  # fmt: skip
 
 
 def draw_calibration(comparison: Comparison, text: object, loss: str) -> Figure | str:

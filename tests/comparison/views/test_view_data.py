@@ -171,7 +171,8 @@ def test_plain_values(value: Any, expected: Any) -> None:
 def test_unreadable_linears_are_named(sweep: Path) -> None:
     (sweep / "1" / LINEARS).write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"1/linears\.parquet cannot be read: Arrow"):
-        compare_runs(sweep)
+        gather_details([sweep], ["0", "1"])
+    assert list(compare_runs(sweep).details) == ["0", "2", "3", "8", "9"]
 
 
 def test_only_the_chosen_runs_are_read(sweep: Path) -> None:
