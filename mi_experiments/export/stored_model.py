@@ -126,7 +126,7 @@ class StoredModel:
         hashes = [self.commits.files[name]["sha256"] for name in names]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
-    def finish(self, opened: OpenModel) -> None:
+    def complete(self, opened: OpenModel) -> None:
         """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
 
         Args:

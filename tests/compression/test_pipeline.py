@@ -212,7 +212,7 @@ def test_uniform_widths_on_controls_need_no_pass(
     assert made.information == {}
 
 
-def test_a_plan_has_a_fingerprint_of_all_it_decides(
+def test_a_plan_has_a_hash_of_all_it_decides(
     tiny_model: Callable[..., Any], tokens: torch.Tensor
 ) -> None:
     made = plan_compression(tiny_model("llama"), tokens, config_of())

@@ -615,7 +615,7 @@ def test_a_commit_counts_all_at_once_or_not_at_all(
     assert again.find("a") is again.find("b") is None
 
 
-def test_bound_values_are_part_of_the_fingerprint(tmp_path: Path) -> None:
+def test_bound_values_are_part_of_the_identity(tmp_path: Path) -> None:
     Commits(tmp_path, {"seed": 0}).bind("plan", "abc")
     commits = Commits(tmp_path, {"seed": 0})
     commits.bind("plan", "abc")

@@ -15,7 +15,7 @@ from mi_experiments.config.expected import Comparison, Evidence, ExpectedConfig,
 from mi_experiments.errors import InputError
 from mi_experiments.records.result import Result, read_result, write_result
 from mi_experiments.reproduction.pin import pin
-from mi_experiments.reproduction.verdicts import FAIL, NOT_RUN, PASS, fingerprint, judge
+from mi_experiments.reproduction.verdicts import FAIL, NOT_RUN, PASS, content_hashes, judge
 
 BITS = "c" * 64
 
@@ -39,7 +39,7 @@ def pinned(result: Result, **changes: Any) -> ExpectedConfig:
         )
         for phase, share in (("dense", 1e-5), ("compressed", 5e-3))
     }  # fmt: skip
-    return ExpectedConfig(source="", fingerprint=fingerprint(result), **{**parts, **changes})
+    return ExpectedConfig(source="", content_hashes=content_hashes(result), **{**parts, **changes})
 
 
 def verdicts(expected: ExpectedConfig, result: Result, *lies: str) -> list[tuple[str, str]]:
@@ -98,8 +98,8 @@ def test_unknown_bits_pass_nowhere(machine: dict[str, Any], result: Result) -> N
 
 def test_a_row_that_pins_no_bits_passes_nothing_compressed(result: Result) -> None:
     expected = pinned(result)
-    prints = {key: value for key, value in expected.fingerprint.items() if key != "compressed"}
-    _, (verdict, why) = verdicts(replace(expected, fingerprint=prints), result)
+    prints = {key: value for key, value in expected.content_hashes.items() if key != "compressed"}
+    _, (verdict, why) = verdicts(replace(expected, content_hashes=prints), result)
     assert (verdict, "pin it again" in why) == (FAIL, True)
 
 
@@ -109,13 +109,13 @@ def test_a_dense_model_is_judged_before_there_are_bits(result: Result) -> None:
 
 
 def test_a_published_number_needs_no_bits(result: Result) -> None:
-    expected = replace(pinned(result), fingerprint={})
+    expected = replace(pinned(result), content_hashes={})
     other = replace(better(result, 0.004), compressed_sha256=None)
     assert [verdict for verdict, _ in verdicts(expected, other)] == [PASS, PASS]
 
 
 def test_no_number_of_a_contradicted_record_passes(result: Result) -> None:
-    for expected in (pinned(result), replace(pinned(result), fingerprint={})):
+    for expected in (pinned(result), replace(pinned(result), content_hashes={})):
         judged = verdicts(expected, result, "result.json: bits.effective is 1")
         assert [verdict for verdict, _ in judged] == [FAIL, FAIL]
         assert all("result.json: bits.effective is 1" in why for _, why in judged)
