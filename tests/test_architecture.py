@@ -28,7 +28,7 @@ WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
 MAY_WRITE = {
     "persistence/atomic.py": {"write_bytes", "save_file", "touch"},
     # Into memory; the bytes go through atomic.
-    "records/result.py": {"write_table"},
+    "records/linears.py": {"write_table"},
     "comparison/formats.py": {"to_parquet", "to_csv"},
     "commands/compare.py": {"write_table"},
     # Into the folder that it is given, which stored_model makes, reads and removes.

@@ -13,8 +13,9 @@ from mi_experiments.commands.compare import main
 from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.commits import read_manifest
+from mi_experiments.records.linears import LINEARS, TIMINGS, read_linears
 from mi_experiments.records.record_check import MANIFEST
-from mi_experiments.records.result import LINEARS, RESULT, TIMINGS, read_linears
+from mi_experiments.records.result import RESULT
 from mi_experiments.sweeps.outcomes import try_result
 
 DEEP = "[" * 100_000 + "]" * 100_000

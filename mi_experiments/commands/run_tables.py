@@ -13,7 +13,8 @@ from mi_experiments.config.config import Config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.experiment.dry_run import Outline
 from mi_experiments.experiment.memory_plan import MemoryPlan, show
-from mi_experiments.records.result import LINEARS, RESULT, Evaluation, Result
+from mi_experiments.records.linears import LINEARS
+from mi_experiments.records.result import RESULT, Evaluation, Result
 
 
 def print_result(

@@ -41,7 +41,7 @@ from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.sixteen_bits import round_to_half
 from mi_experiments.out_of_memory import count_retries, give_back
 from mi_experiments.planning.plan import LinearPlan, Plan
-from mi_experiments.records.result import CHANGED, LinearReport
+from mi_experiments.records.linears import CHANGED, LinearReport
 
 
 class LinearGrid(TypedDict):

@@ -8,7 +8,8 @@ from typing import Any
 from mi_experiments.errors import AuditError, NumericalError
 from mi_experiments.method.bit_count import average_bits
 from mi_experiments.planning.plan import Plan
-from mi_experiments.records.result import Bits, LinearReport, total_bits, weighted_mean
+from mi_experiments.records.linears import LinearReport, weighted_mean
+from mi_experiments.records.result import Bits, total_bits
 
 log = logging.getLogger(__name__)
 

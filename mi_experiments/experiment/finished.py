@@ -26,9 +26,10 @@ from mi_experiments.persistence.commits import (
     is_sound,
     read_manifest,
 )
+from mi_experiments.records.linears import LINEARS, TIMINGS, read_linears
 from mi_experiments.records.record_check import check_record
 from mi_experiments.records.recorder import read_sealed
-from mi_experiments.records.result import LINEARS, RESULT, TIMINGS, Result, read_linears
+from mi_experiments.records.result import RESULT, Result
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,9 @@ from mi_experiments.llm.logits import plan_waves
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.plan import Plan, count_steps, plan_compression
+from mi_experiments.records.linears import LINEARS, LinearReport
 from mi_experiments.records.recorder import Recorder
-from mi_experiments.records.result import LINEARS, Evaluation, LinearReport
+from mi_experiments.records.result import Evaluation
 from mi_experiments.records.tracking import Tracker
 from mi_experiments.texts.sources import EvaluationText
 

@@ -19,7 +19,7 @@ from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.planning.plan import Plan
 from mi_experiments.planning.uniform_baseline import uniform_alternative
 from mi_experiments.records.candidates import Candidate, SafetyNet
-from mi_experiments.records.result import LinearReport
+from mi_experiments.records.linears import LinearReport
 from mi_experiments.texts.windows import token_hash
 
 UNIFORM_PLAN = "plan_uniform.safetensors"

@@ -25,7 +25,7 @@ from mi_experiments.llm.places import find_places
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.persistence.atomic import disk_errors, temporary_sibling
 from mi_experiments.persistence.commits import Commits, Content
-from mi_experiments.records.result import LinearReport
+from mi_experiments.records.linears import LinearReport
 
 MODEL = "model"
 GRIDS = "grids"

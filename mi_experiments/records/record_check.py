@@ -16,16 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mi_experiments.persistence.plain_json import BrokenRecord, read_json
-from mi_experiments.records.result import (
-    LINEARS,
-    RESULT,
-    LinearReport,
-    Result,
-    read_linears,
-    read_result,
-    total_bits,
-    weighted_mean,
-)
+from mi_experiments.records.linears import LINEARS, LinearReport, read_linears, weighted_mean
+from mi_experiments.records.result import RESULT, Result, read_result, total_bits
 
 MANIFEST = "manifest.json"
 NUMBERS = "numbers"

@@ -18,14 +18,8 @@ from mi_experiments.config.secrets import scrub
 from mi_experiments.out_of_memory import Retries, count_retries, shortage_in
 from mi_experiments.persistence.commits import read_manifest
 from mi_experiments.persistence.seals import open_seal
-from mi_experiments.records.result import (
-    RESULT,
-    LinearReport,
-    Result,
-    read_result,
-    write_linears,
-    write_result,
-)
+from mi_experiments.records.linears import LinearReport, write_linears
+from mi_experiments.records.result import RESULT, Result, read_result, write_result
 
 log = logging.getLogger(__name__)
 

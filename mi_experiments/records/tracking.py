@@ -26,23 +26,11 @@ import wandb
 from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config, TrackingConfig, TrackingMode
 from mi_experiments.config.secrets import scrub
-from mi_experiments.records.result import Evaluation, LinearReport, Result, weighted_mean
+from mi_experiments.records.linears import METRICS, LinearReport, weighted_mean
+from mi_experiments.records.result import Evaluation, Result
 from mi_experiments.records.wandb_environment import sound_environment
 
 log = logging.getLogger(__name__)
-
-METRICS = (
-    "average_bits",
-    "effective_bits",
-    "output_error",
-    "sparsity",
-    "total_correlation",
-    "pairwise_information",
-    "redundancy",
-    "stability",
-    "seconds",
-)
-"""What is drawn over the linears and over the blocks."""
 
 CALL_SECONDS = 30.0
 """Longest wait for the client to take a record, to look for a key, or to shut down."""

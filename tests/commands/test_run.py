@@ -11,7 +11,8 @@ import pytest
 from command_line import Ended, run_directories
 from safetensors.numpy import load_file
 
-from mi_experiments.records.result import read_linears, read_result
+from mi_experiments.records.linears import read_linears
+from mi_experiments.records.result import read_result
 
 
 def test_a_run_leaves_its_records(mi_run: Callable[..., Ended], local: list[str]) -> None:

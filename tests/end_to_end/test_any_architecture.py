@@ -15,7 +15,7 @@ from mi_experiments.evaluation.perplexity import measure_perplexity
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.llm.loading import open_model
-from mi_experiments.records.result import read_linears
+from mi_experiments.records.linears import read_linears
 from mi_experiments.records.tracking import Tracker
 
 EVERY_DAY = ("llama", "gpt2", "bloom", "mixtral", "deepseek_v3", "gpt_oss")

@@ -27,7 +27,8 @@ from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.export.packed import read_packed
 from mi_experiments.llm.replay import Call
-from mi_experiments.records.result import Result, read_linears, read_result
+from mi_experiments.records.linears import read_linears
+from mi_experiments.records.result import Result, read_result
 from mi_experiments.records.tracking import Tracker
 
 SHORT = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"

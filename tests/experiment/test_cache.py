@@ -25,7 +25,8 @@ from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.llm.loading import content_hash, open_model
 from mi_experiments.out_of_memory import note_retry
 from mi_experiments.planning import plan
-from mi_experiments.records.result import Provenance, Result, read_linears, read_result
+from mi_experiments.records.linears import read_linears
+from mi_experiments.records.result import Provenance, Result, read_result
 from mi_experiments.records.tracking import Tracker
 
 BLOCKS = 2

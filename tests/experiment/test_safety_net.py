@@ -24,7 +24,8 @@ from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.plan import Plan
-from mi_experiments.records.result import Result, read_linears, read_result
+from mi_experiments.records.linears import read_linears
+from mi_experiments.records.result import Result, read_result
 from mi_experiments.records.tracking import Tracker
 from mi_experiments.texts.sources import calibration_sequences, held_out_sequences
 

@@ -31,7 +31,7 @@ from mi_experiments.llm.loading import OpenModel, open_model
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.persistence import commits
 from mi_experiments.persistence.commits import Commits
-from mi_experiments.records.result import LinearReport
+from mi_experiments.records.linears import LinearReport
 
 ARCHITECTURES = ["llama", "tied llama", "gpt2", "qwen3_moe", "gpt_neox"]
 """Own head and tied, Conv1D, experts that are one tensor in memory and many on disk, biases."""

@@ -5,16 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from mi_experiments.records.linears import LinearReport, read_linears, write_linears
 from mi_experiments.records.result import (
     Bits,
     Evaluation,
-    LinearReport,
     Provenance,
     Result,
-    read_linears,
     read_result,
     total_bits,
-    write_linears,
     write_result,
 )
 

@@ -30,14 +30,9 @@ from mi_experiments.config.compose import from_hydra, to_plain
 from mi_experiments.config.config import Config, TrackingMode
 from mi_experiments.config.secrets import scrub
 from mi_experiments.records import tracking
-from mi_experiments.records.result import (
-    LINEAR_SCHEMA,
-    Bits,
-    LinearReport,
-    Result,
-    weighted_mean,
-)
-from mi_experiments.records.tracking import METRICS, Tracker, asked_mode, sweep_name
+from mi_experiments.records.linears import LINEAR_SCHEMA, METRICS, LinearReport, weighted_mean
+from mi_experiments.records.result import Bits, Result
+from mi_experiments.records.tracking import Tracker, asked_mode, sweep_name
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 
 from mi_experiments.commands.reproduce import all_overrides, main, parse
 from mi_experiments.config.identity import asked_config, without_incidental
-from mi_experiments.records.result import LinearReport, Result, read_linears, read_result
+from mi_experiments.records.linears import LinearReport, read_linears
+from mi_experiments.records.result import Result, read_result
 from mi_experiments.reproduction.rows import compose_row, find_rows, row_config
 from mi_experiments.reproduction.substitution import OTHER
 from mi_experiments.reproduction.verdicts import setting_changes

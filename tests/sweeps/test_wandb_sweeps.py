@@ -17,8 +17,8 @@ from wandb_records import read_records, read_rows, read_summary
 from mi_experiments.comparison.run_table import flatten
 from mi_experiments.config.compose import conf_directory, from_hydra, to_plain
 from mi_experiments.config.config import Config
-from mi_experiments.records.result import read_linears, read_result
-from mi_experiments.records.tracking import METRICS
+from mi_experiments.records.linears import METRICS, read_linears
+from mi_experiments.records.result import read_result
 
 DEFINITION = Path(conf_directory()) / "wandb_sweep.yaml"
 

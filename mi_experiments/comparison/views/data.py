@@ -27,37 +27,29 @@ from mi_experiments.comparison.run_table import (
 )
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.plain_json import BrokenRecord
-from mi_experiments.records.result import LINEARS, LinearReport, Result, read_linears, read_result
+from mi_experiments.records.linears import LINEARS, METRICS, LinearReport, read_linears
+from mi_experiments.records.result import Result, read_result
 
 LABELS = {
     "compressed": "perplexity",
     "excess": "excess, nats per token",
     "difference": "paired difference, nats per token",
     "dense": "dense perplexity",
-    "average_bits": "average bits",
-    "effective_bits": "effective bits per weight",
     "realised_sparsity": "realised sparsity",
     "nsamples": "calibration sequences",
     "wbits": "requested bits",
     "n_groups": "groups a site",
-    "seconds": "seconds",
     "peak_memory": "peak memory",
-    "output_error": "relative output error",
-    "pairwise_information": "pairwise information, nats",
-    "redundancy": "redundancy, nats",
-    "total_correlation": "total correlation, nats",
-    "sparsity": "sparsity",
-}
+} | {name: metric.label for name, metric in METRICS.items()}
 """What an axis or a choice is called, with its unit; any other column has its own name."""
 
 LOSSES = ("compressed", "excess", "difference")
 """What may be drawn upwards over bits and calibration; the first is the default."""
 
-LAYER_METRICS = ("average_bits", "effective_bits", "sparsity", "output_error",
-                 "pairwise_information", "redundancy", "total_correlation", "seconds")  # fmt: skip
+LAYER_METRICS = tuple(METRICS)
 """Numbers of a linear that a map of the layers can show; the first is the default."""
 
-INFORMATION = ("redundancy", "pairwise_information", "total_correlation")
+INFORMATION = tuple(name for name, metric in METRICS.items() if metric.of_site)
 """Numbers of a site, the same for each of its linears; the first is the default."""
 
 COLOURED_FIRST = (

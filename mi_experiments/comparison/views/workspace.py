@@ -15,7 +15,8 @@ import wandb_workspaces.workspaces as ws
 from mi_experiments.comparison.views.data import Comparison, label_of
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.atomic import write_atomically
-from mi_experiments.records.tracking import CALL_SECONDS, METRICS, attempt, has_key, sweep_name
+from mi_experiments.records.linears import METRICS
+from mi_experiments.records.tracking import CALL_SECONDS, attempt, has_key, sweep_name
 
 AXES = ("nsamples", "wbits", "n_groups", "sparsity", "seed")
 """Settings that `tracking` sends by their short names; each is an upright of the parallel plot."""

@@ -23,7 +23,8 @@ from mi_experiments.comparison.views.plots import (
     draw_time,
     write_plots,
 )
-from mi_experiments.records.result import read_linears, read_result
+from mi_experiments.records.linears import read_linears
+from mi_experiments.records.result import read_result
 
 
 @pytest.fixture

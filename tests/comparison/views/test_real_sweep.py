@@ -12,7 +12,8 @@ from chromium import NAMES, open_page
 
 from mi_experiments.commands.compare import main
 from mi_experiments.comparison.views.data import LAYER_METRICS
-from mi_experiments.records.result import read_linears, read_result
+from mi_experiments.records.linears import read_linears
+from mi_experiments.records.result import read_result
 
 
 @pytest.mark.slow

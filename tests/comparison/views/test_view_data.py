@@ -22,7 +22,8 @@ from mi_experiments.comparison.views.data import (
     to_plain,
 )
 from mi_experiments.errors import InputError
-from mi_experiments.records.result import LINEARS, read_linears, read_result
+from mi_experiments.records.linears import LINEARS, read_linears
+from mi_experiments.records.result import read_result
 
 
 @pytest.fixture

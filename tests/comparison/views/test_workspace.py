@@ -17,8 +17,9 @@ from mi_experiments.comparison.views.workspace import AXES, DEFINITION, build_wo
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.errors import InputError
 from mi_experiments.records import tracking
-from mi_experiments.records.result import read_linears, read_result
-from mi_experiments.records.tracking import METRICS, describe_run, summary_of
+from mi_experiments.records.linears import METRICS, read_linears
+from mi_experiments.records.result import read_result
+from mi_experiments.records.tracking import describe_run, summary_of
 
 
 @pytest.fixture(autouse=True)
