@@ -5,18 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).parents[1] / "mi_experiments"
-
-FOLDERS = (
-    "commands", "reproduction", "sweeps", "experiment", "export", "compression", "comparison",
-    "planning", "records", "texts", "calibration", "config", "evaluation", "method", "llm",
-    "embedded", "persistence", "out_of_memory", "errors",
-)  # fmt: skip
-"""A folder imports only folders that come after it."""
-
-STRANGERS = {"method": {"llm"}, "llm": {"method"}}
-"""Folders that do not know each other although the order would let them."""
+from import_order import FOLDERS, PACKAGE, STRANGERS, files, imports
 
 WRITES = {"write_text", "write_bytes", "tofile", "touch", "dump", "savez",
           "save", "save_file", "save_model", "save_pretrained", "to_json_file", "to_parquet",
@@ -51,28 +40,6 @@ MAY_WRITE = {
     "embedded/train.py": {"save_pretrained"},
 }
 """Where else they are, and why; everything in a run directory appears whole or not at all."""
-
-
-def imports(path: Path) -> set[str]:
-    """Return the folders of the package that a file imports, and modules beside them."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mi_experiments"):
-            parts = node.module.split(".")[1:]
-            names |= {parts[0]} if parts else {alias.name for alias in node.names}
-        if isinstance(node, ast.Import):
-            names |= {
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("mi_experiments.")
-            }
-    return names
-
-
-def files(folder: str) -> list[Path]:
-    """Return the files of a folder, or the one module of that name."""
-    place = PACKAGE / folder
-    return sorted(place.rglob("*.py")) if place.is_dir() else [PACKAGE / f"{folder}.py"]
 
 
 def test_every_folder_has_its_place() -> None:

@@ -1,1 +1,1 @@
-"""Measure what the method needs on calibration tokens."""
+"""Measure on calibration tokens what planning and compression need."""

@@ -1,4 +1,4 @@
-"""A tiny trained Llama and the synthetic language it speaks, for machines without a network.
+"""Carry a tiny trained Llama and its synthetic language, for machines without a network.
 
 The language has an exactly known entropy, so the perplexity of the model, dense or compressed, can
 be compared with a floor that no model can beat. `language` samples documents and knows their true

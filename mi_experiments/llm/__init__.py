@@ -1,1 +1,1 @@
-"""The outside world: models, blocks, texts, perplexity and export; plain arguments, no config."""
+"""Hold a language model and walk through it, block after block; plain arguments, no config."""

@@ -1,1 +1,1 @@
-"""A comparison of runs to look at: one page, plots for papers, a saved W&B workspace."""
+"""Show a comparison of runs: one page, plots for papers, a saved W&B workspace."""
