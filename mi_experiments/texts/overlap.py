@@ -6,6 +6,7 @@ text without document boundaries, as in a `.txt`, is compared in runs of `RUN` c
 """
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,9 @@ class _Known:
         for document in documents:
             self.marks.add(fingerprint(document))
             if running:
-                self.marks.update(map(fingerprint, document.splitlines()))
+                self.marks.update(
+                    fingerprint(line[0]) for line in re.finditer(r"[^\r\n]+", document)
+                )
             if by_runs:
                 found += [hashes[::STRIDE] for _, hashes in _hash_runs(document)]
         self.runs = np.unique(np.concatenate(found))

@@ -1,5 +1,6 @@
 """From documents to calibration sequences."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mi_experiments.config.texts import BosPolicy, Sampling
 from mi_experiments.errors import InputError
+from mi_experiments.texts.overlap import fingerprint
 from mi_experiments.texts.windows import adds_bos, draw_published, tokenize
 
 
@@ -70,7 +72,8 @@ def held_out_tokens(
     """Draw sequences of which `calibration_tokens` draws no token with the same arguments.
 
     `packed`: the windows that were cut and not drawn, then those of documents that were not read.
-    `document`: windows of documents that were not read.
+    `document`: windows of documents that were not read. Of documents that are equal to one that was
+    read, nothing is taken.
 
     Args:
         tokenizer: of the model.
@@ -93,19 +96,34 @@ def held_out_tokens(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     bos = adds_bos(tokenizer, add_bos)
-    texts = (tokenize(tokenizer, documents[i], bos) for i in order)
+    marks: list[bytes] = []
+    lengths: list[int] = []
+
+    def read_texts() -> Iterator[Tensor]:
+        for index in order:
+            text = tokenize(tokenizer, documents[index], bos)
+            marks.append(fingerprint(documents[index]))
+            lengths.append(len(text))
+            yield text
+
+    texts = read_texts()
     if sampling is Sampling.packed:
         read = _read(texts, nsamples * seqlen)
         cut = len(read) // seqlen
         unused = torch.randperm(cut, generator=generator)[nsamples:]
+        times = Counter(marks)
+        copied = torch.tensor([bool(mark) and times[mark] > 1 for mark in marks], dtype=torch.bool)
+        copied = copied.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        unused = unused[~copied[: cut * seqlen].view(cut, seqlen).any(dim=1)[unused]]
         rest = read[: cut * seqlen].view(cut, seqlen)[unused]
-        further = _read(texts, (count - len(rest)) * seqlen)
+        further = _read(_unlike(texts, marks), (count - len(rest)) * seqlen)
         more = len(further) // seqlen
         found = torch.cat((rest, further[: more * seqlen].view(more, seqlen)))[:count]
     else:
         _draw_from_documents(texts, nsamples, seqlen, True, generator)
+        others = _unlike(texts, marks)
         windows: list[Tensor] = []
-        while len(windows) < count and (text := next(texts, None)) is not None:
+        while len(windows) < count and (text := next(others, None)) is not None:
             windows += _draw_window(text, seqlen, generator)
         found = torch.stack(windows) if windows else torch.empty(0, seqlen, dtype=torch.int64)
     if len(found) < count:
@@ -115,6 +133,17 @@ def held_out_tokens(
             "dataset.nsamples, give more text, or choose recipe.safety_net=false"
         )
     return found
+
+
+def _unlike(texts: Iterator[Tensor], marks: Sequence[bytes]) -> Iterator[Tensor]:
+    """Yield the texts that are equal to none that was read before.
+
+    Args:
+        texts: tokens of documents, read when they are asked for.
+        marks: fingerprint of each document that was read; grows while texts are read.
+    """
+    before = {mark for mark in marks if mark}
+    return (text for text in texts if marks[-1] not in before)
 
 
 def _draw_packed(

@@ -81,3 +81,19 @@ def test_documents_begin_as_those_of_calibration_do() -> None:
         sampling=Sampling.packed, add_bos=BosPolicy.auto,
     )  # fmt: skip
     assert tokens[0, 0] == 1
+
+
+@pytest.mark.parametrize("sampling", ["packed", "document"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_copies_of_what_was_measured_on_are_not_held_out(sampling: str, seed: int) -> None:
+    """Every document is there twice, as text that was downloaded two times."""
+    documents = numbered(*[13] * 24)
+    again = [f"  {document}\r\n" for document in documents]
+    nsamples, count = (20, 12) if sampling == "packed" else (8, 8)
+    used, held_out = draw([*documents, *again], nsamples, count, 6, seed, sampling)
+    assert not set(used.flatten().tolist()) & set(held_out.flatten().tolist())
+
+
+def test_where_all_is_copied_nothing_is_left_to_hold_out() -> None:
+    with pytest.raises(InputError, match=r"beyond the 1 .* the text has 3"):
+        draw(numbered(40) * 6, 1, 4, 10, 0, "packed")
