@@ -143,7 +143,8 @@ def whole(name: str, layout: dict[str, Any], weight: np.ndarray, pruned: np.ndar
     zeros = np.zeros(columns, int)
     codes = np.zeros(weight.shape, int)
     ones = np.ones((rows, 1)), np.zeros((rows, 1), int)
-    return Linear(name, layout, weight, pruned, codes, zeros + 16, zeros, zeros, *ones)
+    size = {"float64": 64, "float32": 32}.get(layout["dtype"], 16)
+    return Linear(name, layout, weight, pruned, codes, zeros + size, zeros, zeros, *ones)
 
 
 # --- export=packed --------------------------------------------------------------------------------
@@ -210,7 +211,9 @@ def unpack(path: Path, name: str, layout: dict[str, Any]) -> Linear:
         kept = ~pruned[:, at]
         read = np.zeros(kept.shape, int)
         read[kept] = streams["codes"].read(int(kept.sum()), wide)
-        if wide == 16:
+        if wide >= 32:
+            linear.weight[:, at] = read.astype(f"<u{wide // 8}").view(layout["dtype"])
+        elif wide == 16:
             shift = 16 * (layout["dtype"] == "bfloat16")
             halves = (
                 (read.astype("<u4") << 16).view("<f4") if shift else read.astype("<u2").view("<f2")
@@ -267,9 +270,12 @@ def check(linear: Linear) -> int:
     if sparsity["m"]:
         kept = (~pruned).reshape(len(pruned), -1, sparsity["m"]).sum(-1)
         require((kept == sparsity["n"]).all(), f"{name}: a window keeps another number of weights")
-    whole = weight[:, bits == 16]
+    whole = weight[:, bits >= 16]
     halves = round_to(whole, layout["dtype"])
-    require((halves == whole).all(), f"{name}: a weight of an unquantized channel has not 16 bits")
+    require(
+        (halves == whole).all(),
+        f"{name}: a weight of an unquantized channel has more bits than are counted",
+    )
     check_groups(linear)
     quantized = ~pruned & (bits < 16)
     width, scale_bits = np.zeros(of.max() + 1, int), layout["scale_bits"]
@@ -299,7 +305,7 @@ def check_groups(linear: Linear) -> None:
     """Require that groups and scale groups are those that the layout counts."""
     layout, name, bits = linear.layout, linear.name, linear.bits
     if layout["groups"] == 0:
-        require((bits == 16).all(), f"{name}: quantized, and counted as if it were not")
+        require((bits >= 16).all(), f"{name}: quantized, and counted as if it were not")
         return
     _, labels = np.unique(linear.group, return_inverse=True)
     require(labels.max() + 1 == layout["groups"], f"{name}: another number of groups")
@@ -355,7 +361,7 @@ def verify(run: Path, requested: float) -> None:
             total, size = check(linear), linear.weight.size
             codes = linear.weight.shape[0] * int(linear.bits.sum())
             asked = linear.layout["planned_bits"] * size
-            fallen = linear.layout["status"] in ("kept", "skipped")
+            fallen = linear.layout["status"] in ("kept", "skipped", "untouched")
             left = requested * size - codes
             if alone and not fallen and not result["config"]["wbits"]["tied"]:
                 require(left >= 0, f"{linear.name}: over the budget")

@@ -38,7 +38,7 @@ from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.bit_count import average_bits, count_storage
 from mi_experiments.method.pruning import Sparsity
-from mi_experiments.method.sixteen_bits import round_to_half
+from mi_experiments.method.sixteen_bits import choose_exact, round_to_half
 from mi_experiments.out_of_memory import count_retries, give_back
 from mi_experiments.planning.plan import LinearPlan, Plan
 from mi_experiments.records.linears import CHANGED, LinearReport
@@ -172,15 +172,17 @@ def compress_linear(
     with count_retries() as retries:
         solution = solve_linear(original, statistics, linear_plan, config)
     grid, sparsity = solution.grid, solution.sparsity
-    swept, half = round_to_half(solution.swept, grid, linear.dtype)
-    linear.write_weight(swept.weight)
+    swept, dtype = solution.swept, choose_exact(original, linear.dtype)
+    if solution.status != "untouched":
+        swept, dtype = round_to_half(swept, grid, linear.dtype)
+        linear.write_weight(swept.weight)
     alone = config.bit_scope is Scope.linear and not config.wbits.tied
     linear_budget = alone and solution.status in CHANGED
     audit = audit_linear(
         swept,
         grid,
         sparsity,
-        original=original if half is None else original.to(half),
+        original=original if dtype is None else original.to(dtype),
         order=statistics.order(),
         mask_block=pattern_block(linear.columns, sparsity, config),
         selection=config.recipe.selection,
@@ -190,8 +192,13 @@ def compress_linear(
     )
     group = linear_plan.channel_group
     symmetric = config.wbits.symmetric
-    storage = count_storage(grid, swept.pruned, sparsity, group, symmetric=symmetric)
+    storage = count_storage(
+        grid, swept.pruned, sparsity, group, symmetric=symmetric, dtype=dtype or torch.float16
+    )
     widths, channels = torch.unique(solution.bits, return_counts=True)
+    bits, average = dict(zip(widths.tolist(), channels.tolist(), strict=True)), audit.average_bits
+    if dtype is not None and dtype.itemsize > 2:
+        bits, average = {8 * dtype.itemsize: linear.columns}, 8.0 * dtype.itemsize
     information = plan.information.get(linear_plan.site)
     report = LinearReport(
         block=linear_plan.block,
@@ -199,8 +206,8 @@ def compress_linear(
         site=linear_plan.site,
         rows=linear.rows,
         columns=linear.columns,
-        bits=dict(zip(widths.tolist(), channels.tolist(), strict=True)),
-        average_bits=audit.average_bits,
+        bits=bits,
+        average_bits=average,
         effective_bits=storage.effective_bits,
         sparsity=audit.sparsity,
         output_error=output_error(solution.target, swept.weight, statistics.hessian),
@@ -220,7 +227,7 @@ def compress_linear(
         retries=statistics.retries + retries.count,
         seconds=time.perf_counter() - started,
         status=solution.status,
-        unquantized_dtype=None if half is None else str(half).removeprefix("torch."),
+        unquantized_dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         planned_bits=average_bits(linear_plan.bits),
     )
     return CompressedLinear(linear, report, stored_form(solution, linear_plan), sparsity)

@@ -33,15 +33,16 @@ SAID = {
 def check_budget(linears: Sequence[LinearReport], plan: Plan) -> Bits:
     """Return the bits of all linears, and hold those that were compressed to their budget.
 
-    A linear that was skipped or kept counts what it is, 16 bits, in the average that is returned,
-    which so may be above what was requested. The budget is held with the bits it was to get.
+    A linear that was skipped or kept, or that nothing was asked of, counts what it is, 16 bits or
+    more, in the average that is returned, which so may be above what was requested. The budget is
+    held with the bits it was to get.
 
     Raises:
         AuditError: the compressed linears took more than their share of the budget.
     """
     planned = {
         linear.name: average_bits(plan.linears[linear.name].bits)
-        if linear.status in ("skipped", "kept")
+        if linear.status in ("skipped", "kept", "untouched")
         else linear.average_bits
         for linear in linears
     }

@@ -23,7 +23,12 @@ from mi_experiments.method.bit_packing import STREAMS, pack, unpack
 from mi_experiments.method.grid import UNQUANTIZED, Grid
 from mi_experiments.method.pruning import Sparsity
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
 
 def pack_linears(
@@ -136,7 +141,7 @@ def read_packed(path: Path) -> Iterator[tuple[str, Float[Tensor, "rows columns"]
         keys, layouts = set(file.keys()), json.loads(file.metadata()["layouts"])
         for name, own in layouts["linears"].items():
             fields = layouts["shared"] | own
-            held_in = getattr(torch, fields.pop("model_dtype"))
+            held_in = DTYPES[fields.pop("model_dtype")]
             sparsity = Sparsity(**fields.pop("sparsity"))
             dtype = DTYPES[fields.pop("dtype")]
             fields = {key: fields[key] for key in fields.keys() - {"status", "planned_bits"}}

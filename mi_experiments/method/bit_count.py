@@ -27,7 +27,8 @@ class Storage:
 
     Attributes:
         weights: Number of weights, pruned ones included.
-        codes: Bits of the codes of kept weights; 16 per kept weight of an unquantized channel.
+        codes: Bits of the codes of kept weights; 16 per kept weight of an unquantized channel, or
+            what its dtype has where nothing was done.
         scales: Bits of the scales.
         zero_points: Bits of the zero points.
         pattern: Bits that say which weights are pruned.
@@ -63,7 +64,8 @@ class Layout:
         groups: Number of channel groups; 0 if nothing is quantized.
         group_size: Most channels that share a scale inside a channel group.
         symmetric: Whether zero points are 2^(bits − 1), and so are not stored.
-        dtype: The 16-bit dtype of the weights of unquantized channels.
+        dtype: The 16-bit dtype of the weights of unquantized channels; of a linear that nothing was
+            done to, it may have more.
         scale_bits: Width of a stored scale: 16 for float16, 32 for float32.
     """
 
@@ -80,6 +82,11 @@ class Layout:
     def index_bits(self) -> int:
         """Bits per channel that tell its group: ⌈log₂ groups⌉."""
         return max(self.groups - 1, 0).bit_length()
+
+    @property
+    def unquantized_bits(self) -> int:
+        """Bits of a weight of an unquantized channel."""
+        return 8 * self.dtype.itemsize
 
     @property
     def patterns(self) -> int:
@@ -118,7 +125,7 @@ def find_layout(
         sparsity: The pattern that ``pruned`` follows.
         channel_group: Group of each channel, any labels; None for a single group.
         symmetric: Whether zero points follow from the widths.
-        dtype: The 16-bit dtype of the weights of unquantized channels.
+        dtype: Of the weights of unquantized channels: 16 bits, but where nothing is pruned either.
 
     Raises:
         ValueError: The pattern, the widths, the scale groups, the zero points or the dtype are
@@ -126,7 +133,7 @@ def find_layout(
     """
     rows, columns = pruned.shape
     _check_pattern(pruned, sparsity)
-    if dtype.itemsize != 2:
+    if dtype.itemsize != 2 and (grid is not None or not sparsity.is_dense):
         raise ValueError(f"unquantized weights are stored in 16 bits, not as {dtype}")
     if grid is None:
         return Layout(rows, columns, sparsity, 0, columns, symmetric, dtype)
@@ -150,6 +157,7 @@ def count_storage(
     channel_group: Int[Tensor, "columns"] | None,
     *,
     symmetric: bool = False,
+    dtype: torch.dtype = torch.float16,
 ) -> Storage:
     """Count the bits of a linear, which are those that `pack` writes.
 
@@ -159,12 +167,13 @@ def count_storage(
         sparsity: The pattern that ``pruned`` follows.
         channel_group: Group of each channel, any labels; None for a single group.
         symmetric: Whether zero points follow from the widths and are not stored.
+        dtype: Of the weights of unquantized channels.
     """
-    layout = find_layout(grid, pruned, sparsity, channel_group, symmetric=symmetric)
+    layout = find_layout(grid, pruned, sparsity, channel_group, symmetric=symmetric, dtype=dtype)
     kept = (~pruned).count_nonzero(0)
     pattern = layout.patterns * layout.pattern_bits
     if grid is None:
-        return Storage(pruned.numel(), int(kept.sum()) * UNQUANTIZED, 0, 0, pattern, 0)
+        return Storage(pruned.numel(), int(kept.sum()) * layout.unquantized_bits, 0, 0, pattern, 0)
     width, stored = scale_widths(grid)
     return Storage(
         weights=pruned.numel(),

@@ -15,6 +15,8 @@ from mi_experiments.method.pruning import Sparsity
 CHUNK = 2**18
 """Values turned into bits at a time."""
 
+INTEGERS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
+
 STREAMS = ("codes", "scales", "zero_points", "pattern", "group_index")
 """Everything that a linear is stored as."""
 
@@ -44,7 +46,7 @@ def pack(
     Within a stream of several widths the smaller ones come first, and within a width the rows.
 
     Args:
-        weight: Weights; read for unquantized channels only, and rounded to the layout's dtype.
+        weight: Weights; read for unquantized channels only, and stored in the layout's dtype.
         codes: Codes of the weights; None if nothing is quantized.
         pruned: Weights that are zero.
         grid: Levels of the weights; None if nothing is quantized.
@@ -63,15 +65,16 @@ def pack(
         fields["group_index"] = [(labels, layout.index_bits), (group_bits - 1, WIDTH_BITS)]
         width, stored = scale_widths(grid)
         scales = grid.scale[:, stored].to(SCALE_DTYPES[layout.scale_bits])
-        integers = torch.int16 if layout.scale_bits == 16 else torch.int32
-        fields["scales"] = [(scales.view(integers), layout.scale_bits)]
+        fields["scales"] = [(scales.view(INTEGERS[layout.scale_bits]), layout.scale_bits)]
         if not layout.symmetric:
             fields["zero_points"] = [
                 (grid.zero_point[:, at], b) for b, at in _by_width(width) if b != UNQUANTIZED
             ]
-    halves = weight.to(layout.dtype).view(torch.int16)
+    whole = weight.to(layout.dtype).view(INTEGERS[layout.unquantized_bits])
     fields["codes"] = [
-        ((halves if codes is None or b == UNQUANTIZED else codes)[:, at][~pruned[:, at]], b)
+        (whole[:, at][~pruned[:, at]], layout.unquantized_bits)
+        if codes is None or b == UNQUANTIZED
+        else (codes[:, at][~pruned[:, at]], b)
         for b, at in _by_width(bits)
     ]
     if not layout.sparsity.is_dense:
@@ -89,14 +92,21 @@ def unpack(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Unpacke
     if grid is not None:
         bits = grid.bits
     parts = list(_by_width(bits))
-    counts = [(int((~pruned[:, at]).count_nonzero()), b) for b, at in parts]
+    counts = [
+        (
+            int((~pruned[:, at]).count_nonzero()),
+            layout.unquantized_bits if b == UNQUANTIZED else b,
+        )
+        for b, at in parts
+    ]
     codes = torch.zeros(rows, columns, dtype=torch.int64)
-    weight = torch.zeros(rows, columns)
+    weight = torch.zeros(rows, columns, dtype=torch.promote_types(layout.dtype, torch.float32))
     for (width, at), values in zip(parts, _read(streams["codes"], counts), strict=True):
         read = torch.zeros(rows, len(at), dtype=torch.int64)
         read[~pruned[:, at]] = values
         if width == UNQUANTIZED or grid is None:
-            weight[:, at] = read.to(torch.int16).view(layout.dtype).float()
+            whole = read.to(INTEGERS[layout.unquantized_bits]).view(layout.dtype)
+            weight[:, at] = whole.to(weight.dtype)
         else:
             codes[:, at] = read
             weight[:, at] = grid.decode(read, at)
@@ -114,7 +124,7 @@ def _read_grid(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Gri
     scale = torch.ones(layout.rows, len(width))
     wide = layout.scale_bits
     (scales,) = _read(streams["scales"], [(layout.rows * int(stored.sum()), wide)])
-    scales = scales.to(torch.int16 if wide == 16 else torch.int32).view(SCALE_DTYPES[wide])
+    scales = scales.to(INTEGERS[wide]).view(SCALE_DTYPES[wide])
     scale[:, stored] = scales.view(layout.rows, -1).float()
     zero_point = torch.where(stored, 2 ** (width.int() - 1), 0).expand(layout.rows, -1).int()
     if not layout.symmetric:

@@ -1,7 +1,8 @@
 """Round what no grid quantizes to 16 bits, so that what is counted is what is stored and evaluated.
 
 A weight of an unquantized channel is counted at 16 bits. In a checkpoint of 32 bits it has more, so
-it is rounded once, before it is evaluated, exported or packed: everything after that is exact.
+it is rounded once, before it is evaluated, exported or packed: everything after that is exact. Only
+a linear of which nothing is asked stays what it is, and counts what that takes.
 """
 
 from dataclasses import replace
@@ -28,14 +29,21 @@ def choose_half(weight: Float[Tensor, "rows chosen"], held_in: torch.dtype) -> t
         weight: Weights of the unquantized channels.
         held_in: Number format that the model holds them in.
     """
-    if held_in.itemsize == 2:
-        return held_in
-    for exact in (torch.float16, torch.bfloat16):
-        if torch.equal(weight.to(exact).to(weight.dtype), weight):
-            return exact
+    if (exact := choose_exact(weight, held_in)).itemsize == 2:
+        return exact
     largest = weight.abs().amax(1)
     fits = largest.to(torch.float16).isfinite() & ((largest >= LEAST_LARGEST) | (largest == 0))
     return torch.float16 if fits.all() else torch.bfloat16
+
+
+def choose_exact(weight: Float[Tensor, "rows chosen"], held_in: torch.dtype) -> torch.dtype:
+    """Return a 16-bit type that holds weights exactly, else the type that they are held in."""
+    if held_in.itemsize == 2:
+        return held_in
+    for half in (torch.float16, torch.bfloat16):
+        if torch.equal(weight.to(half).to(weight.dtype), weight):
+            return half
+    return held_in
 
 
 def round_to_half(

@@ -68,18 +68,19 @@ class LinearReport:
         seconds: time of its grid fits and sweeps.
         status: `compressed`; `escalated`, with more damping than asked; `skipped`, left as it was
             because its Hessian is singular; `kept`, likewise because too few tokens are routed to
-            an expert; `untouched`, where neither bits nor sparsity were asked. These three are
-            rounded to 16 bits a weight, if they have more, and counted so. `dead`: compressed,
-            although all that it reads is zero on every calibration token; `vanished`: compressed,
-            but weights of a group are too small for the scales that are stored.
+            an expert. These two are rounded to 16 bits a weight, if they have more, and counted
+            so. `untouched`, where neither bits nor sparsity were asked: it stays to the bit, and
+            counts 16, or 32 if no 16-bit type holds it exactly. `dead`: compressed, although all
+            that it reads is zero on every calibration token; `vanished`: compressed, but weights
+            of a group are too small for the scales that are stored.
         plan_damping: share that was added to the dense model's Hessian, which groups and costs
             come from; None if that was not measured.
         stability: adjusted Rand index between the groups that two halves of the calibration tokens
             give; None where groups do not come from tokens.
         retries: how often memory was short while its site was measured or it was compressed, and
             the work was done again in smaller pieces; of sites measured together, the first counts.
-        unquantized_dtype: 16-bit type of the weights that have no codes, `float16` or `bfloat16`;
-            None where all have.
+        unquantized_dtype: type in which the weights that have no codes are stored, `float16` or
+            `bfloat16`, or `float32` if `untouched`; None where all have.
         planned_bits: mean width that the plan gave it, which counts against the budget; None in
             records without it.
     """

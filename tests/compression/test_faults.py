@@ -2,6 +2,7 @@
 ends the run in one line that names it."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -72,11 +73,15 @@ def test_a_linear_with_a_singular_hessian_is_left_as_it_is_if_asked(tokens: torc
     model = build_singular()
     before = bits_of(model)
     linears = compress(model, tokens, [*UNDAMPED, *BLIND, "recipe.on_singular=skip"])
-    assert changed(before, model) == {f"{name}.weight" for name in linears if name != SINGULAR}
+    # As it is, in the 16 bits that it counts.
+    left = before[f"{SINGULAR}.weight"].view(torch.float32)
+    assert torch.equal(model.get_submodule(SINGULAR).weight.flatten(), left.half().float())
     report = linears.pop(SINGULAR).report
+    assert report.unquantized_dtype == "float16"
     assert report.status == "skipped"
     assert (report.average_bits, report.effective_bits, report.bits) == (16, 16, {16: 48})
-    assert (report.sparsity, report.output_error, report.levels) == (0, 0, 0)
+    assert (report.sparsity, report.levels) == (0, 0)
+    assert report.output_error < 1e-6
     assert (report.damping, report.damping_attempts) == (None, (0.0,))
     assert report.total_correlation is None
     assert {linear.report.status for linear in linears.values()} == {"compressed"}
@@ -124,6 +129,13 @@ def test_what_the_plan_is_made_from_is_damped_as_the_recipe_says(tokens: torch.T
         ({3: "skipped", 2: "escalated"}, 0.2, r"^2 of 8 .*: 1 escalated, 1 skipped, first layer.2"),
         (dict.fromkeys(range(8), "escalated"), 0.99, r"^8 of 8 linears \(100%\)"),
         (dict.fromkeys(range(8), "skipped"), 1.0, None),
+        (dict.fromkeys(range(8), "kept") | {0: "dead"}, 0.0, None),
+        ({2: "vanished"}, 0.1, r"^1 of 8 .*weights of them are too small for the scales .*: 1 van"),
+        (
+            {1: "vanished", 4: "skipped"},
+            0.2,
+            r"because their Hessian .* or weights .*: 1 skipped, 1 vanished, .*recipe.scale_bits=32",
+        ),
     ],
 )
 def test_a_run_in_which_many_linears_fell_back_fails(
@@ -144,6 +156,84 @@ def test_a_run_in_which_many_linears_fell_back_fails(
     assert "average bits 4.7500 where 4 were requested" in str(caught.value)
     assert f"recipe.max_escalated={limit:g}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        (
+            "kept",
+            r"2 of 8 linears \(25%\) were kept at 16 bits a weight, .*, first layer.3; average",
+        ),
+        (
+            "dead",
+            r"2 of 8 linears \(25%\) read nothing but zeros from calibration, .*, first layer.3",
+        ),
+    ],
+)
+def test_linears_that_are_not_what_was_expected_are_named(
+    status: str, line: str, caplog: pytest.LogCaptureFixture, tokens: torch.Tensor
+) -> None:
+    example = compress(build_tiny_model("llama"), tokens[:, :8], ["recipe=textbook", *BLIND])
+    report = next(iter(example.values())).report
+    reports = [
+        dataclasses.replace(
+            report, name=f"layer.{i}", status=status if i in (3, 5) else "compressed"
+        )
+        for i in range(8)
+    ]
+    check_fallbacks(reports, Bits(requested=4.0, average=7.0, effective=7.5), 0.0)
+    (record,) = caplog.records
+    assert re.search(line, record.getMessage())
+    assert record.getMessage().endswith("average bits 7.0000 where 4 were requested")
+
+
+# --- weights that are too small or too large ---------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)])
+@pytest.mark.parametrize("recipe", ["default", "textbook", "gptq"])
+def test_weights_below_the_scales_are_not_compressed_as_asked(
+    rows: slice, recipe: str, tokens: torch.Tensor
+) -> None:
+    """A whole matrix, or one row of it."""
+    model, name = build_tiny_model("llama"), "model.layers.1.self_attn.o_proj"
+    model.get_submodule(name).weight[rows] *= 1e-30
+    asked = [f"recipe={recipe}", "recipe.scale_bits=16", *BLIND]
+    linears = compress(model, tokens, asked)
+    assert {x.report.name for x in linears.values() if x.report.status == "vanished"} == {name}
+    assert not model.get_submodule(name).weight[rows].any()
+    if rows == slice(None):
+        assert linears[name].report.output_error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22])
+@pytest.mark.parametrize("overrides", [["recipe.scale_bits=32"], ["wbits=unquantized"]])
+def test_weights_of_any_size_are_compressed_where_they_can_be_stored(
+    scale: float, overrides: list[str], tokens: torch.Tensor
+) -> None:
+    """No square of a weight decides: what is pruned and how well does not depend on the unit."""
+    name = "model.layers.1.mlp.down_proj"
+    found = []
+    for unit in (1.0, scale):
+        model = build_tiny_model("llama")
+        model.get_submodule(name).weight *= unit
+        plain = ["recipe=textbook", "n_groups=contiguous", "sparsity.scope=linear"]
+        uniform = [] if "wbits=unquantized" in overrides else ["wbits=uniform"]
+        found.append(compress(model, tokens, [*plain, *uniform, *overrides])[name])
+    ordinary, small = found
+    assert small.report.status == "compressed"
+    assert small.report.output_error == pytest.approx(ordinary.report.output_error, rel=0.05)
+    differ = small.grids["pruned"] != ordinary.grids["pruned"]
+    assert differ.float().mean() < 0.02
+
+
+def test_activations_whose_squares_are_zero_are_not_called_dead(tokens: torch.Tensor) -> None:
+    model = build_tiny_model("llama")
+    model.get_submodule("model.layers.1.post_attention_layernorm").weight.mul_(1e-26)
+    line = r"^block 1, mlp.gate_proj\+up_proj: the second moments underflow torch.float32: largest"
+    with pytest.raises(NumericalError, match=line):
+        compress(model, tokens, BLIND)
 
 
 # --- activations that are not finite -----------------------------------------------------------
@@ -362,6 +452,10 @@ def test_nothing_asked_is_the_same_function_bit_for_bit(name: str, tokens: torch
     assert changed(before, model) == set()
     assert torch.equal(model(input_ids=tokens).logits, logits)
     assert {linear.report.status for linear in linears.values()} == {"untouched"}
+    # Which is more than 16 bits, where the weights have more.
+    assert {linear.report.effective_bits for linear in linears.values()} == {32}
+    halved = build_tiny_model(name).half().float()
+    linears = compress(halved, tokens, ["wbits=unquantized", "sparsity=dense"])
     assert {linear.report.effective_bits for linear in linears.values()} == {16}
 
 

@@ -1,4 +1,4 @@
-"""The check of an export that needs none of this project: what it confirms, and what it refuses."""
+"""The check of exports that needs none of this project's code holds, and sees what is not so."""
 
 import ast
 import importlib.util
