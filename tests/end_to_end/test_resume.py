@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from crash_server import Ended
+from hydra import compose, initialize_config_dir
 from killed_runs import (
     BLOCKS,
     COMMAND,
@@ -33,9 +34,13 @@ from killed_runs import (
     work_left,
 )
 
+from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.errors import InputError, ResumableError
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.persistence.commits import Commits, differences
+from mi_experiments.persistence.seals import SEAL, seal
+from mi_experiments.records import recorder
+from mi_experiments.records.recorder import Recorder
 from mi_experiments.records.result import read_result
 
 
@@ -199,7 +204,60 @@ def test_a_second_signal_ends_the_run_at_once(place: Place) -> None:
     ended = place.run(send=moments)
     assert ended.code == -signal.SIGTERM
     assert ended.counts["linears"] == LINEARS + 2
+    result = read_result(place.root / "run")
+    assert (result.status, result.error) == (
+        "interrupted", "stopped by SIGTERM: give the same command again to continue",
+    )  # fmt: skip
     continue_to_the_end(place, "ended by a second signal")
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_was_killed_does_not_say_that_it_runs(early: bool, place: Place) -> None:
+    """Also where the process that was to continue it is stopped before it has done anything."""
+    run_dir = place.fresh()
+    assert place.run(send=[["linears", LINEARS + 1, "SIGKILL"]]).code == -signal.SIGKILL
+    assert read_result(run_dir).status == "running"
+    ended = place.run(stopped="SIGTERM") if early else place.run(send=[["loads", 1, "SIGTERM"]])
+    assert ended.code == 75
+    result = read_result(run_dir)
+    assert result.status == "interrupted"
+    assert result.error is not None
+    assert "give the same command again to continue" in result.error
+    continue_to_the_end(place, "stopped while it was loading")
+
+
+def test_a_signal_in_the_middle_of_a_record_is_not_overwritten(tmp_path: Path) -> None:
+    with initialize_config_dir(conf_directory(), version_base="1.3"):
+        made = Recorder(from_hydra(compose("config")), tmp_path)
+    stop = StopRequest()
+    write = recorder.write_result
+    sent = []
+
+    def interrupted_write(result: Any, run_dir: Path) -> None:
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        write(result, run_dir)
+
+    with pytest.MonkeyPatch.context() as patch, stop.listen(), stop.telling(made.stop):
+        patch.setattr(recorder, "write_result", interrupted_write)
+        made.update()
+        assert read_result(tmp_path).status == "interrupted"
+        made.update(coverage=0.5)
+        assert read_result(tmp_path).status == "interrupted"
+        made.update(status="completed")
+    result = read_result(tmp_path)
+    assert (result.status, result.error, result.coverage) == ("completed", None, 0.5)
+
+
+def test_a_wish_that_came_before_anybody_listened_is_heard() -> None:
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop = StopRequest()
+        with stop.listen(), pytest.raises(ResumableError, match="stopped by SIGTERM"):
+            stop.check()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def test_signals_are_what_they_were_after_listening() -> None:
@@ -435,7 +493,7 @@ def test_a_plan_that_comes_out_differently_is_refused(place: Place) -> None:
 
 
 def test_one_changed_bit_of_the_allocation_is_refused(place: Place) -> None:
-    """Also where the manifest was changed with it."""
+    """Also where the manifest was changed with it, and sealed again."""
     run_dir = interrupt(place)
     path, manifest = run_dir / "plan.safetensors", run_dir / "manifest.json"
     plan = path.read_bytes()
@@ -446,7 +504,9 @@ def test_one_changed_bit_of_the_allocation_is_refused(place: Place) -> None:
     old, new = (hashlib.sha256(content).hexdigest() for content in (plan, changed))
     whole = manifest.read_text()
     path.write_bytes(changed)
-    manifest.write_text(whole.replace(old, new))
+    edited = json.loads(whole.replace(old, new))
+    del edited[SEAL]
+    manifest.write_text(json.dumps(seal(edited)))
     before = contents(run_dir)
     ended = place.run()
     assert ended.code == 2
@@ -633,7 +693,17 @@ def test_half_written_files_go_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     (tmp_path / ".model.01234567.tmp").mkdir()
     (tmp_path / ".model.01234567.tmp" / "config.json").write_text("x")
+    # A link is no folder, wherever it leads; and nothing is looked for behind one.
+    elsewhere = tmp_path.with_name("elsewhere")
+    elsewhere.mkdir()
+    (elsewhere / ".a.01234567.tmp").write_text("x")
+    (tmp_path / ".x.12345678.tmp").symlink_to(elsewhere)
+    (tmp_path / ".y.12345678.tmp").symlink_to(tmp_path / "nothing")
+    (tmp_path / "linked").symlink_to(elsewhere)
     Commits(tmp_path, {})
+    assert (elsewhere / ".a.01234567.tmp").exists()
+    assert not any(path.name.endswith(".12345678.tmp") for path in tmp_path.iterdir())
+    (tmp_path / "linked").unlink()
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {str(path.relative_to(tmp_path)) for path in left} == {*kept, "manifest.json"}
     assert not (tmp_path / ".model.01234567.tmp").exists()

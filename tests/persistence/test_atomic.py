@@ -1,6 +1,7 @@
 """A file appears whole or not at all, and what was there before survives every refusal."""
 
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mi_experiments.persistence.atomic import (
     disk_errors,
     file_hash,
     place,
+    remove_temporaries,
     save_atomically,
     write_atomically,
 )
@@ -41,6 +43,73 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o027, 0o640), (0o002, 0o664)])
+def test_modes_are_what_umask_leaves(
+    umask: int, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of temporaries at every moment too: they are never more open."""
+    seen: set[int] = set()
+
+    def note(descriptor: int) -> None:
+        for path in tmp_path.rglob(".*"):
+            seen.add(stat.S_IMODE(path.stat().st_mode) & 0o666)
+
+    monkeypatch.setattr(os, "fsync", note)
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a", b"content")
+        write_atomically(tmp_path / "a", b"again")
+        save_atomically(tmp_path / "b", {"x": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {mode}
+    assert seen == {mode}
+
+
+def test_what_a_kill_leaves_of_tensors_is_known_for_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever name the library gives to its own half, before it takes the name that it was given.
+
+    A process that is killed runs no `finally`; a copy of the folder at that moment shows what it
+    leaves.
+    """
+    left = tmp_path.with_name("left")
+
+    def save(tensors: object, path: Path, metadata: object) -> None:
+        (Path(path).parent / ".tmpE1jFlF").write_bytes(b"half")
+        shutil.copytree(tmp_path, left)
+        (Path(path).parent / ".tmpE1jFlF").rename(path)
+
+    monkeypatch.setattr(atomic, "save_file", save)
+    save_atomically(tmp_path / "block", {"x": torch.ones(2)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["block"]
+    assert list(left.rglob(".tmpE1jFlF"))
+    (left / "kept").write_text("x")
+    remove_temporaries(left)
+    assert [path.name for path in left.rglob("*")] == ["kept"]
+
+
+def test_temporaries_below_are_left_where_others_may_work(tmp_path: Path) -> None:
+    (tmp_path / "job").mkdir()
+    halves = [tmp_path / ".sweep.json.01234567.tmp", tmp_path / "job" / ".a.01234567.tmp"]
+    for half in halves:
+        half.write_text("x")
+    remove_temporaries(tmp_path, below=False)
+    assert [half.exists() for half in halves] == [False, True]
+
+
+def test_a_temporary_that_cannot_be_removed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".a.01234567.tmp").write_text("x")
+    monkeypatch.setattr(os, "unlink", fail_with(PermissionError(13, "Permission denied")))
+    with pytest.raises(
+        InputError, match=r"\.a\.01234567\.tmp cannot be removed: Permission denied"
+    ):
+        remove_temporaries(tmp_path)
 
 
 def test_equal_content_is_equal_bytes(tmp_path: Path) -> None:
