@@ -21,7 +21,7 @@ from mi_experiments.experiment.phases import PLAN, Run, check_samples, compress,
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.export.stored_model import PARTS, StoredModel, read_settings, tidy
+from mi_experiments.export.stored_model import PARTS, StoredModel, tidy
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
 from mi_experiments.persistence.commits import Commits
@@ -166,8 +166,6 @@ def open_run(
     hashes = {text.name: text.sha256 for text in texts}
     begun = run_identity(config, provenance, hashes)
     commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
-    if config.export is Export.dense:
-        read_settings(opened, recorder.run_dir)  # what cannot be saved shows before hours are spent
     reopen(commits, config.export, len(opened.weights.blocks))
     recorder.open()
     recorder.update(provenance=provenance)

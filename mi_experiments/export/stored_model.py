@@ -16,13 +16,13 @@ from torch import Tensor
 
 from mi_experiments.compression.pipeline import CompressedBlock
 from mi_experiments.config.config import Config, Export
-from mi_experiments.errors import AuditError, InputError, MiError, ResumableError
+from mi_experiments.errors import AuditError, ResumableError
 from mi_experiments.export.dense import grid_tensors, write_settings
 from mi_experiments.export.packed import lay_out, pack_linears
-from mi_experiments.llm.checkpoint import one_line
 from mi_experiments.llm.loading import OpenModel
 from mi_experiments.llm.places import find_places
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.tokenizer_files import tokenizer_errors
 from mi_experiments.persistence.atomic import disk_errors, temporary_sibling
 from mi_experiments.persistence.commits import Commits, Content
 from mi_experiments.records.linears import LinearReport
@@ -197,18 +197,11 @@ def read_settings(opened: OpenModel, run_dir: Path) -> dict[str, bytes]:
     """
     folder = temporary_sibling(run_dir / MODEL)
     try:
-        with disk_errors(run_dir / MODEL):
+        with tokenizer_errors(), disk_errors(run_dir / MODEL):
             folder.mkdir()
             write_settings(opened.settings, opened.tokenizer, folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-    except MiError:
-        raise
-    except Exception as error:  # each tokenizer saves itself as it likes
-        raise InputError(
-            f"the tokenizer can be loaded but not saved ({one_line(error)}): without export=dense "
-            "it need not be"
-        ) from error
     finally:
         rmtree(folder, ignore_errors=True)
 

@@ -2,10 +2,12 @@
 
 import base64
 import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from mi_experiments.errors import InputError
+from mi_experiments.errors import InputError, MiError
 from mi_experiments.llm.checkpoint import check_present, one_line
 
 KINDS = ("*token*.json", "vocab*", "merges.txt", "*.model", "*.jinja")
@@ -40,6 +42,24 @@ def explain_tokenizer(directory: Path, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "a JSON file in it is nested too deep"
     return one_line(error)
+
+
+@contextmanager
+def tokenizer_errors() -> Iterator[None]:
+    """Say in one line that a tokenizer cannot be saved, which each does in its own way.
+
+    Raises:
+        InputError: If so.
+    """
+    try:
+        yield
+    except MiError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the tokenizer can be loaded but not saved: {one_line(error)}; an export holds it, "
+            "and its tokens are known by its files"
+        ) from error
 
 
 def is_tiktoken(file: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mi_experiments.llm.tokenizer_files import tokenizer_errors
 from mi_experiments.persistence.atomic import disk_errors, file_hash
 from mi_experiments.persistence.cache import cache_root, content_key, find_or_compute
 
@@ -44,9 +45,14 @@ def cache_key(
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Return the SHA-256 of each file that the tokenizer saves, by name."""
-    with tempfile.TemporaryDirectory() as directory, disk_errors(Path(directory)):
-        tokenizer.save_pretrained(directory)
+    """Return the SHA-256 of each file that the tokenizer saves, by name.
+
+    Raises:
+        InputError: it cannot be saved.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        with tokenizer_errors(), disk_errors(Path(directory)):
+            tokenizer.save_pretrained(directory)
         return {file.name: file_hash(file) for file in sorted(Path(directory).iterdir())}
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
@@ -234,3 +235,16 @@ def test_more_groups_than_channels_is_refused_before_loading(
 ) -> None:
     with pytest.raises(InputError, match=r"n_groups.count=40 is more than the 32 channels"):
         dry_run(config_of("n_groups.count=40"))
+
+
+def test_what_cannot_be_exported_is_said_before_anything_is_computed(
+    config_of: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ValueError("no such vocabulary")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuse)
+    monkeypatch.setattr(experiment, "evaluate", lambda *arguments: pytest.fail("computed"))
+    with pytest.raises(InputError, match="but not saved: no such vocabulary"):
+        run(config_of("export=dense"), tmp_path / "run")
+    assert read_result(tmp_path / "run").status == "failed"

@@ -26,8 +26,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 LEADING_OUT = (
     "site_costs/../../outside/precious.txt", "../outside/precious.txt", "/etc/hostname", "", ".",
-    "..", "site_costs//x", "./x", "site_costs/./x", "site_costs/../plan.safetensors", "site_costs\\x",
-    "site_costs/x\0y",
+    "..", "site_costs//x", "./x", "site_costs/./x", "site_costs/../plan.safetensors",
+    "site_costs\\x", "site_costs/x\0y",
     "site_costs/", "linked/precious.txt", "linked/more/precious.txt",
 )  # fmt: skip
 
