@@ -172,7 +172,8 @@ def compress_linear(
     with count_retries() as retries:
         solution = solve_linear(original, statistics, linear_plan, config)
     grid, sparsity = solution.grid, solution.sparsity
-    swept, dtype = solution.swept, choose_exact(original, linear.dtype)
+    swept = solution.swept
+    dtype: torch.dtype | None = choose_exact(original, linear.dtype)
     if solution.status != "untouched":
         swept, dtype = round_to_half(swept, grid, linear.dtype)
         linear.write_weight(swept.weight)

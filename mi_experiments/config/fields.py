@@ -8,7 +8,7 @@ import dataclasses
 import types
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
 
 import annotated_types
 
@@ -69,7 +69,8 @@ def said_range(said: Sequence[Any]) -> str:
         grouped = isinstance(part, annotated_types.GroupedMetadata)
         for limit in part if grouped else [part]:
             if isinstance(limit, annotated_types.BaseMetadata):
-                limits |= {end.name: getattr(limit, end.name) for end in dataclasses.fields(limit)}
+                ends = dataclasses.fields(cast(Any, limit))
+                limits |= {end.name: getattr(limit, end.name) for end in ends}
     match limits:
         case {"min_length": 1}:
             return "at least one"

@@ -73,7 +73,7 @@ def sections(part: Any, path: str, defaults: Mapping[str, Any]) -> Iterator[str]
     yield from below
 
 
-def section(part: type, path: str, defaults: Mapping[str, Any]) -> Iterator[str]:
+def section(part: Any, path: str, defaults: Mapping[str, Any]) -> Iterator[str]:
     """Yield the part of the page about one dataclass."""
     yield f"## `{path}`\n"
     yield inspect.cleandoc(part.__doc__ or "") + "\n"

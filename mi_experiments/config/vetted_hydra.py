@@ -28,7 +28,7 @@ LOGGING = ("hydra.job_logging", "hydra.hydra_logging")
 
 def vet_what_hydra_composes() -> None:
     """Let Hydra compose through `VettedLoader`, whoever asks it: its main function or its API."""
-    hydra._internal.hydra.ConfigLoaderImpl = VettedLoader  # type: ignore[misc]
+    vars(hydra._internal.hydra)["ConfigLoaderImpl"] = VettedLoader
 
 
 class VettedRepository(ConfigRepository):

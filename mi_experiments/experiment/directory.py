@@ -82,7 +82,8 @@ def log_file(run_dir: Path) -> Iterator[None]:
     log.addHandler(file)
     log.addHandler(screen)
     others = logging.getLogger().handlers  # of Hydra, if its logging was chosen
-    for handler in (file, screen, *others):
+    handlers: list[logging.Handler] = [file, screen, *others]
+    for handler in handlers:
         handler.addFilter(scrub_record)
     try:
         yield

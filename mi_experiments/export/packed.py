@@ -87,8 +87,9 @@ def stored_grid(grids: LinearGrid, scale_bits: int) -> Grid | None:
     """Return the levels of a linear; None if nothing is quantized."""
     if not bool((grids["bits"] < UNQUANTIZED).any()):
         return None
-    keys = ("bits", "scale_group", "scale", "zero_point")
-    return Grid(*(grids[key] for key in keys), scale_bits)
+    return Grid(
+        grids["bits"], grids["scale_group"], grids["scale"], grids["zero_point"], scale_bits
+    )
 
 
 def layout_of(compressed: CompressedLinear, grid: Grid | None, *, symmetric: bool) -> Layout:

@@ -108,5 +108,5 @@ def is_product(row: Int32[Tensor, "down across"], column: Int32[Tensor, "down ac
 def shorten(numbers: list[int]) -> Any:
     """Return numbers as [start, stop, step] if they are evenly spaced, else as {"order": […]}."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    spaced = range(numbers[0], numbers[0] + step * len(numbers), step) if step > 0 else []
+    spaced = range(numbers[0], numbers[0] + step * len(numbers), step) if step > 0 else range(0)
     return [spaced.start, spaced.stop, step] if list(spaced) == numbers else {"order": numbers}

@@ -80,9 +80,9 @@ def measure_provenance(
         calibration_samples=len(calibration),
         calibration_bos=calibration_bos,
         untied=list(untied),
-        calibration_documents=overlap and overlap.documents,
-        calibration_duplicates=overlap and overlap.duplicates,
-        calibration_shared=overlap and len(overlap.shared),
+        calibration_documents=overlap.documents if overlap else None,
+        calibration_duplicates=overlap.duplicates if overlap else None,
+        calibration_shared=len(overlap.shared) if overlap else None,
         calibration_left_out=left_out if overlap else None,
         calibration_text_sha256=hash_of_calibration_text(config),
     )

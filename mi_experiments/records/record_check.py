@@ -193,11 +193,14 @@ def read_manifest_of(directory: Path) -> dict[str, dict[str, Any]]:
     """
     path = directory / MANIFEST
     content = read_json(path)
-    parts = [content.get(key) for key in ("run_identity", "files")] if type(content) is dict else []
-    begun, files = parts or (None, None)
-    sound = isinstance(begun, dict) and isinstance(files, dict)
+    begun: Any = None
+    files: Any = None
+    if isinstance(content, dict):
+        begun, files = content.get("run_identity"), content.get("files")
     if (
-        not sound
+        not isinstance(content, dict)
+        or not isinstance(begun, dict)
+        or not isinstance(files, dict)
         or not all(isinstance(begun.get(key, {}), dict) for key in ("versions", "evaluation"))
         or not isinstance(begun.get("config", {}), dict)
         or not all(

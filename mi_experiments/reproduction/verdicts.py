@@ -142,12 +142,17 @@ def of_same_bits(expected: ExpectedConfig, *, compressed: bool) -> ExpectedConfi
         expected: of a pinned row, whose model and tokens are the run's.
         compressed: whether the compressed blocks are the pinned ones, too.
     """
-    exact = {
-        phase: replace(numbers, tolerance=min(numbers.tolerance, SAME_BITS))
-        for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed))
-        if numbers.comparison is Comparison.within and (phase == "dense" or compressed)
-    }
-    return replace(expected, **exact)
+
+    def exact(numbers: NumbersConfig) -> NumbersConfig:
+        if numbers.comparison is not Comparison.within:
+            return numbers
+        return replace(numbers, tolerance=min(numbers.tolerance, SAME_BITS))
+
+    return replace(
+        expected,
+        dense=exact(expected.dense),
+        compressed=exact(expected.compressed) if compressed else expected.compressed,
+    )
 
 
 def unknown_bits(expected: ExpectedConfig, result: Result | None) -> list[str]:
