@@ -1,10 +1,13 @@
 """Documents: every format gives the same text, and what cannot be had is one line with advice."""
 
+import codecs
 import gzip
 import json
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.errors as hub
@@ -27,15 +30,17 @@ TEXTS = ["first\nline", "", "zwei – drei", "a\u2028b"]
 def write_rows(path: Path, texts: Sequence[str], field: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = "".join(json.dumps({field: t, "n": 1}, ensure_ascii=False) + "\n" for t in texts)
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         pq.write_table(pa.table({field: texts}), path)
-    elif path.suffix == ".gz":
+    elif path.suffix.lower() == ".gz":
         path.write_bytes(gzip.compress(rows.encode()))
     else:
         path.write_text(rows, encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet", "x.json.gz", "x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["x.jsonl", "x.parquet", "x.json.gz", "x.jsonl.gz", "X.JSONL", "X.JSON.GZ", "x.Parquet"]
+)
 def test_every_format_gives_the_same_documents(
     tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,9 +56,97 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
         assert list(read_documents(tmp_path / "x.jsonl.gz")) == texts
 
 
+def test_a_file_that_was_replaced_by_one_of_the_same_time_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    write_rows(path, ["a"], "text")
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    assert list(read_documents(path)) == ["a"]
+    write_rows(path, ["b"], "text")
+    os.utime(path, ns=times)  # as rsync and tar leave it
+    assert list(read_documents(path)) == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.txt", b"a b"),
+        ("X.TXT", b"a b"),
+        ("x.jsonl", b'{"text": "a b"}\r\n'),
+        ("x.jsonl.gz", b'{"text": "a b"}\n'),
+        ("x.json.gz", b'{"text": "a b", "n": 1}\n\n'),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: bytes) -> None:
+    content = codecs.BOM_UTF8 + content
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert list(read_documents(tmp_path / name)) == ["a b"]
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        pa.array(TEXTS, pa.large_string()),
+        pa.array(TEXTS, pa.string_view()),
+        pa.array(TEXTS).dictionary_encode(),
+    ],
+    ids=["large_string", "string_view", "dictionary"],
+)
+def test_text_of_every_arrow_type_is_text(tmp_path: Path, stored: pa.Array) -> None:
+    pq.write_table(pa.table({"text": stored}), tmp_path / "x.parquet")
+    documents = read_documents(tmp_path / "x.parquet")
+    assert list(documents) == TEXTS
+    assert [*documents[1:3], documents[3], len(documents)] == [*TEXTS[1:3], TEXTS[3], 4]
+
+
+def test_rows_that_look_like_dates_are_text(tmp_path: Path) -> None:
+    write_rows(tmp_path / "x.json.gz", ["2020-01-01", "2020-01-02"], "text")
+    assert list(read_documents(tmp_path / "x.json.gz")) == ["2020-01-01", "2020-01-02"]
+
+
+def test_one_line_may_be_larger_than_what_is_read_at_once(tmp_path: Path) -> None:
+    texts = ["word " * 2_200_000, "b"]
+    write_rows(tmp_path / "x.jsonl.gz", texts, "text")
+    assert list(read_documents(tmp_path / "x.jsonl.gz")) == texts
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\n\ntwo\n", encoding="utf-8")
     assert read_documents(str(tmp_path / "x.txt")) == ["one\n\ntwo\n"]
+
+
+def zipped(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
+def table(texts: Sequence[Any]) -> bytes:
+    """Write a parquet file; bytes go into a column of text as they are."""
+    stored = pa.array(texts)
+    if pa.types.is_binary(stored.type):
+        stored = pa.Array.from_buffers(pa.string(), len(stored), stored.buffers())
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": stored}), sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+NOISE = zipped(b"".join(b'{"text": "%d"}\n' % (i * 7919**4) for i in range(400)))
+FLIPPED = b"".join((NOISE[:900], bytes([NOISE[900] ^ 1]), NOISE[901:]))
+
+
+@pytest.mark.parametrize("name", ["x.json.gz", "x.jsonl.gz"])
+@pytest.mark.parametrize(
+    "content",
+    [NOISE[:-200], NOISE[:-4], NOISE[:14], NOISE[:3], FLIPPED, NOISE[:-6] + b"0" + NOISE[-5:]],
+    ids=["cut", "cut in the check sum", "no data", "cut header", "a bit", "check sum"],
+)
+def test_a_damaged_download_is_one_line(
+    tmp_path: Path, name: str, content: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="the file is damaged or cut off") as caught:
+        read_documents(tmp_path / name)
+    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -67,20 +160,34 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
         ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2: no text in field 'text'.*body"),
         ("x.jsonl", b'{"text": 3}\n', "line 1: no text in field"),
         ("x.jsonl", b'["text"]\n', "line 1: no text in field.*not a JSON object"),
-        ("x.json.gz", gzip.compress(b'{"body": "a"}\n', mtime=0), "no column 'text'.*body"),
-        ("x.json.gz", gzip.compress(b'{"text": 3}\n', mtime=0), "not text in every row"),
-        (
-            "x.json.gz",
-            gzip.compress(b'{"text": "a"}\n{"text": null}\n', mtime=0),
-            "not text in every row",
-        ),
-        ("x.json.gz", gzip.compress(b"oops\n", mtime=0), "cannot be read as json"),
-        ("x.json.gz", gzip.compress(b"", mtime=0), "no rows"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": null}\n', "line 2: no text in .*holds null"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\\ud800b"}\n', "line 2: .*not valid Unicode"),
+        ("x.jsonl", b'{"text": "a"}\n\n{"text": "caf\xe9"}\n', "line 3: not UTF-8"),
+        ("x.jsonl", b'{"text": "a", "n": ' + b"[" * 9**6 + b"}\n", "line 1: not valid JSON"),
+        ("x.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "line 1: not valid JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "b', "line 2: not valid JSON"),
+        ("x.jsonl", b'{"text": ""}\n{"text": " "}\n', "no text"),
+        ("x.jsonl", '{"text": "a"}\n'.encode("utf-16"), "line 1: not UTF-8"),
+        ("x.txt", b"a\nb\nc\xff", "line 3: not UTF-8"),
+        ("x.json.gz", zipped(b'{"body": "a"}\n'), "no text in field 'text'.*body"),
+        ("x.json.gz", zipped(b'{"text": 3}\n'), "line 1: no text in .*holds 3"),
+        ("x.json.gz", zipped(b'{"text": "a"}\n{"text": null}\n'), "line 2: no text in .*null"),
+        ("x.json.gz", zipped(b'{"text": "a"}\n{"text": "\\udfff"}\n'), "line 2: .*Unicode"),
+        ("x.json.gz", zipped(b'{"text": "a"}\n{"text": "caf\xe9"}\n'), "line 2: not UTF-8"),
+        ("x.json.gz", zipped(b'{"text": "a", "n": ' + b"[" * 9**5 + b"}\n"), "line 1: not valid"),
+        ("x.json.gz", zipped(b"oops\n"), "line 1: not valid JSON"),
+        ("x.json.gz", zipped(b""), "no rows"),
+        ("x.json.gz", b'{"text": "a"}\n', "damaged or cut off.*Not a gzipped file"),
+        ("x.parquet", table([b"a", b"\xed\xa0\x80"]), "row 2: .*not UTF-8"),
+        ("x.parquet", table(["a", "b", None]), "row 3: no text in .*null"),
+        ("x.parquet", table([1, 2]), "holds int64"),
+        ("x.parquet", table([None]), "holds null"),
+        ("x.parquet", table(["a", "b"])[:-9], "cannot be read as parquet.*cut off"),
         ("x.parquet", b"oops", "cannot be read as parquet"),
     ],
 )
 def test_unusable_files_are_one_line(
-    tmp_path: Path, name: str, content: bytes, message: str
+    tmp_path: Path, name: str, content: bytes, message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
@@ -88,11 +195,13 @@ def test_unusable_files_are_one_line(
         read_documents(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")  # the libraries say nothing of their own
 
 
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(InputError, match=r"nowhere\.txt: no such file"):
-        read_documents("nowhere.txt")
+@pytest.mark.parametrize("name", ["nowhere.txt", "~nobody-of-this-name/x.txt", "a\0b.txt"])
+def test_a_missing_file_is_named(name: str) -> None:
+    with pytest.raises(InputError, match=r"no such file|home"):
+        read_documents(name)
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl", "x.parquet", "x.json.gz"])

@@ -3,9 +3,14 @@
 import gzip
 import json
 import math
+import os
 import random
+import shutil
 import socket
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +27,18 @@ from torch import Tensor
 
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
+from mi_experiments.config.texts import Sampling
 from mi_experiments.embedded import language
 from mi_experiments.errors import InputError
 from mi_experiments.texts import sources
+from mi_experiments.texts.overlap import Overlap
+from mi_experiments.texts.sequences import calibration_tokens
 from mi_experiments.texts.sources import (
     calibration_sequences,
     evaluation_texts,
     find_texts,
     hold_out,
+    report_overlap,
     true_perplexity,
 )
 
@@ -355,6 +364,240 @@ def test_one_document_is_cut_between_words(words: list[str]) -> None:
 def test_a_single_word_cannot_be_split() -> None:
     with pytest.raises(InputError, match="leaves no text on one side"):
         hold_out(["word"], 0.2)
+
+
+@given(
+    first=st.lists(st.integers(0, 12), min_size=8, max_size=40),
+    share=st.floats(0.05, 0.6),
+)
+def test_equal_documents_are_held_out_together(first: list[int], share: float) -> None:
+    """Documents are equal whatever their white space is."""
+    documents = [f"document number {name}" + " \n" * (i % 3) for i, name in enumerate(first)]
+    different = list(dict.fromkeys(first))
+    held = different[len(different) - math.ceil(share * len(different)) :]
+    if len(held) == len(different):
+        with pytest.raises(InputError, match=r"dataset\.holdout"):
+            hold_out(documents, share)
+        return
+    sides = hold_out(documents, share)
+    for side, part in enumerate(sides):
+        expected = [text for text, name in zip(documents, first, strict=True)
+                    if (name in held) == bool(side)]  # fmt: skip
+        assert list(part) == expected
+
+
+def test_one_document_many_times_cannot_be_split() -> None:
+    with pytest.raises(InputError, match="leaves no text on one side"):
+        hold_out(["the same text"] * 9, 0.2)
+
+
+# Nothing of the evaluation in the calibration
+
+STORIES = [
+    " ".join(f"{word * 7919 % 99991:x}" for word in range(i * 40, i * 40 + 20)) + "\n"
+    + " ".join(f"{word * 7919 % 99991:x}" for word in range(i * 40 + 20, i * 40 + 40))
+    for i in range(60)
+]  # fmt: skip
+"""Documents of two lines in which no word occurs twice."""
+
+
+def write_text(path: Path, texts: Sequence[str], ending: str = "\n") -> Path:
+    """Write documents as the name says; those of a .txt stand one below the other."""
+    lines = [text if path.suffix == ".txt" else json.dumps({"text": text}) for text in texts]
+    content = "".join(line.replace("\n", ending) + ending for line in lines).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+@cache
+def plain_config() -> Config:
+    """Compose a run on two files once; tests put in what they need."""
+    given = ["dataset=text", "dataset.path=?", "evaluation.datasets.text.path=?", "model.seqlen=16"]
+    return config_of(*given, "dataset.nsamples=100000", "dataset.allow_fewer=true")
+
+
+def config_on(
+    calibration: Path, evaluation: Path, first_rows: int | None = None, **dataset: Any
+) -> Config:
+    """Return the config of a run on two files."""
+    plain = plain_config()
+    text = replace(plain.evaluation.datasets["text"], path=str(evaluation), first_rows=first_rows)
+    return replace(
+        plain,
+        dataset=replace(plain.dataset, path=str(calibration), **dataset),
+        evaluation=replace(plain.evaluation, datasets={"text": text}),
+    )
+
+
+def drawn_of(config: Config) -> tuple[set[int], set[int]]:
+    """Return of which stories the calibration and the evaluation have words."""
+    (text,) = evaluation_texts(TOKENIZER, config)
+    found = []
+    for windows in (list(calibration_sequences(TOKENIZER, config)), text.windows):
+        words = set(written(windows).replace("^", " ").split())
+        found.append({i for i, story in enumerate(STORIES) if len(words & set(story.split())) > 9})
+    return found[0], found[1]
+
+
+def test_rows_are_taken_after_the_share_is_held_out(tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES)
+    config = config_on(file, file, first_rows=5)
+    used, evaluated = drawn_of(config)
+    assert evaluated == set(range(48, 53))
+    assert used == set(range(48))
+    assert report_overlap(config) == (Overlap(48, 0, ()), 0)
+
+
+@pytest.mark.parametrize("way", ["copy", "hard link", "symbolic link", "other directory"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.JSONL.gz", "a.parquet"])
+def test_a_file_under_another_name_is_the_same_file(name: str, way: str, tmp_path: Path) -> None:
+    file = write_text(tmp_path / name.lower(), STORIES)
+    other = tmp_path / f"b-{name}"
+    if way == "hard link":
+        os.link(file, other)
+    elif way == "symbolic link":
+        other.symlink_to(file)
+    elif way == "other directory":
+        (tmp_path / "c").mkdir()
+        other = shutil.copy(file, tmp_path / "c")
+    else:
+        shutil.copy(file, other)
+    config = config_on(file, other)
+    used, evaluated = drawn_of(config)
+    assert not used & evaluated
+    assert min(len(used), len(evaluated)) >= 11
+    assert len(used | evaluated) >= 59
+    assert report_overlap(config)[1] == 0
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.txt", "b.parquet"])
+@pytest.mark.parametrize("calibration", ["a.jsonl", "a.txt"])
+def test_what_evaluation_has_too_is_left_out(
+    calibration: str, name: str, ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_text(tmp_path / calibration, STORIES[:40])
+    other = write_text(tmp_path / name, [f"\ufeff{text}  " for text in STORIES[25:]], ending)
+    config = config_on(file, other)
+    used, evaluated = drawn_of(config)
+    assert (used, evaluated) == (set(range(25)), set(range(25, 60)))
+    count = 1 if calibration == "a.txt" else 15
+    overlap, left_out = report_overlap(config)
+    assert overlap is not None
+    assert (overlap.documents, left_out) == (1 if calibration == "a.txt" else 40, count)
+    assert f"evaluation has {count} documents or passages too; they are left out" in caplog.text
+
+
+def test_wrapped_lines_are_the_same_text(tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES[:40])
+    wrapped = textwrap.fill(" ".join(STORIES[25:]), 60)
+    (tmp_path / "b.txt").write_text(wrapped)
+    used, evaluated = drawn_of(config_on(file, tmp_path / "b.txt"))
+    assert (used, evaluated) == (set(range(25)), set(range(25, 60)))
+
+
+def test_text_that_repeats_itself_is_not_on_both_sides(tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES[:30] * 3)
+    config = config_on(file, file)
+    used, evaluated = drawn_of(config)
+    assert (used, evaluated) == (set(range(24)), set(range(24, 30)))
+    assert report_overlap(config) == (Overlap(72, 48, ()), 0)
+    running = write_text(tmp_path / "a.txt", STORIES[:30] * 2)
+    config = config_on(running, running)
+    used, evaluated = drawn_of(config)
+    assert not used & evaluated
+    assert len(evaluated) == 12
+    assert report_overlap(config)[1] == 1
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_only_rows_that_are_evaluated_are_left_out(rows: int | None, tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES[:40])
+    other = write_text(tmp_path / "b.jsonl", STORIES[30:])
+    used, _ = drawn_of(config_on(file, other, first_rows=rows))
+    assert used == set(range(30 if rows is None else 40)) - {30, 31, 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("b.jsonl.gz", "evaluation has all of its 40 documents, and none is left"),
+        ("b.txt", "evaluation has all of its 40 documents, and none is left"),
+        ("same.txt", "both read this file; give another split or file"),
+    ],
+)
+def test_where_nothing_is_left_is_one_line(name: str, message: str, tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES[:40])
+    if name == "same.txt":  # the same bytes, read in another way
+        other = Path(shutil.copy(file, tmp_path / name))
+    else:
+        other = write_text(tmp_path / name, STORIES)
+    with pytest.raises(InputError, match=message) as caught:
+        drawn_of(config_on(file, other))
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sampling", list(Sampling))
+def test_text_without_overlap_is_drawn_as_if_there_were_no_evaluation(
+    sampling: Sampling, tmp_path: Path
+) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES[:40])
+    other = write_text(tmp_path / "b.jsonl", STORIES[40:])
+    beside = config_on(file, other, sampling=sampling, nsamples=20)
+    dataset = beside.dataset
+    alone = calibration_tokens(
+        TOKENIZER, STORIES[:40], nsamples=20, seqlen=16, seed=dataset.seed, sampling=sampling,
+        allow_fewer=True, add_bos=dataset.add_bos,
+    )  # fmt: skip
+    assert torch.equal(calibration_sequences(TOKENIZER, beside), alone)
+
+
+def test_a_change_of_the_evaluation_is_not_answered_from_the_cache(tmp_path: Path) -> None:
+    file = write_text(tmp_path / "a.jsonl", STORIES[:40])
+    other = write_text(tmp_path / "b.jsonl", STORIES[40:])
+    assert drawn_of(config_on(file, other))[0] == set(range(40))
+    write_text(other, STORIES[30:])
+    assert drawn_of(config_on(file, other))[0] == set(range(30))
+
+
+@pytest.mark.parametrize("sampling", ["packed", "published"])
+def test_a_published_draw_is_kept_and_its_overlap_counted(
+    sampling: str, corpora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = config_of(corpora=corpora).corpora["c4"]
+    train = [f"{text}\n{'long enough ' * 20}{i}" for i, text in enumerate(rows("c4", "train"))]
+    for split, texts_of in (
+        ("train", train),
+        ("validation", [*train[5:7], "short", *rows("c4", "x")]),
+    ):
+        write_rows(tmp_path / published.splits[split][0], texts_of, published)
+    given = [
+        "dataset=c4", "evaluation=c4", f"dataset.sampling={sampling}", "model.seqlen=32",
+        "dataset.nsamples=9", f"corpora.c4.path={tmp_path}",
+    ]  # fmt: skip
+    config = config_of(*given)
+    alone = config_of(*given, "evaluation=embedded", "reuse=false")
+    overlap, left_out = report_overlap(config)
+    assert overlap is not None
+    assert [index for index, _, _ in overlap.shared] == [5, 6]
+    kept = torch.equal(*(calibration_sequences(TOKENIZER, each) for each in (config, alone)))
+    assert (left_out, kept) == ((0, True) if sampling == "published" else (2, False))
+    said = "they stay, as the draw is the published" if kept else "they are left out"
+    assert said in caplog.text
+
+
+def test_phrases_are_no_documents_of_a_published_corpus(corpora: Path, tmp_path: Path) -> None:
+    """Headings and stock sentences are in every part of WikiText and of the Penn Treebank."""
+    published = config_of().corpora["ptb"]
+    for split in ("train", "test"):
+        sentences = ["the company declined to comment", *rows("ptb", split)]
+        write_rows(tmp_path / published.splits[split][0], sentences, published)
+    config = config_of("dataset=ptb", "evaluation=ptb", f"corpora.ptb.path={tmp_path}")
+    assert report_overlap(config) == (Overlap(42, 0, ()), 0)
 
 
 def test_the_floor_is_the_true_likelihood_of_the_same_tokens() -> None:
