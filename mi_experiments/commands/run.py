@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from mi_experiments.commands.arguments import read_arguments
 from mi_experiments.commands.run_tables import print_dry_run, print_result
 from mi_experiments.config.compose import conf_directory, explain, from_hydra
 from mi_experiments.config.identity import (
@@ -52,6 +53,7 @@ def main() -> None:
     """Run the command line; expected failures are one line and an exit code."""
     prepare_process()
     try:
+        sys.argv[1:] = read_arguments(sys.argv[1:])
         ended = run_sweep(sys.argv[1:], conf_directory(), do_job, STOP, open_console())
         if ended is None:
             with STOP.listen():

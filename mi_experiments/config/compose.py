@@ -2,19 +2,24 @@
 
 import dataclasses
 import difflib
+import math
 import re
+import shlex
 from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mi_experiments.config.config import Config
-from mi_experiments.config.fields import allowed, fields_below, hint_at
+from mi_experiments.config.fields import SEEDS, allowed, fields_below, hint_at
 from mi_experiments.config.renames import KEYS, refuse_old_names
-from mi_experiments.config.vetting import vet
+from mi_experiments.config.vetting import first_line, vet, walk
 from mi_experiments.errors import InputError, MiError, ValueRefused
 
 if TYPE_CHECKING:
@@ -32,11 +37,19 @@ def from_hydra(composed: DictConfig) -> Config:
     said = OmegaConf.to_container(plain)
     assert isinstance(said, dict)
     refuse_old_names({str(key): value for key, value in said.items()})
+    seed = OmegaConf.select(plain, "seed", throw_on_resolution_failure=False)
+    if isinstance(seed, int) and not 0 <= seed < 2**63:
+        # Before those that follow it, which would be named instead.
+        raise ValueRefused("seed", seed, SEEDS)
+    check_numbers(plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(explain(error)) from error
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        # A section that is no section, which the checks of the others look into.
+        raise InputError(f"the config cannot be used: {first_line(error)}") from error
     return check(values)
 
 
@@ -71,6 +84,19 @@ def checker() -> "TypeAdapter[Config]":
     return TypeAdapter(Config)
 
 
+def check_numbers(config: DictConfig) -> None:
+    """Refuse numbers that nothing here can count with.
+
+    Raises:
+        InputError: one is not finite, or a whole one has more than 63 bits.
+    """
+    for key, value in walk(OmegaConf.to_container(config)):
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if endless or (isinstance(value, int) and abs(value) >= 2**63):
+            shown = f"{value:.3g}" if endless else f"{str(value)[:20]}…"
+            raise InputError(f"{key}={shown} is not allowed: a finite number below 2^63")
+
+
 def to_plain(config: Config) -> dict[str, Any]:
     """Return the config as JSON-ready values, enums by name."""
 
@@ -96,17 +122,42 @@ def explain(error: Exception) -> str:
     key = getattr(error, "full_key", None) or ""
     text = str(getattr(error, "msg", None) or error)
     first = text.splitlines()[0].strip()
-    if found := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(found.group(1))
-    if found := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        choices = ", ".join(line.strip() for line in text.splitlines() if line.startswith("\t"))
-        return f"{found.group(1)}={found.group(2)} is not known: one of {choices}"
+    if isinstance(error, OverrideParseException):
+        return explain_override(error.override)
+    if found := re.search(r"Ambiguous value for argument '(.*)'", first):
+        return f"{found[1]} is several values: sweep over them with -m, or {quoted_form(found[1])}"
+    if found := re.search(r"Could not override '([^']*)'", text):
+        return unknown_key(found[1]) if found[1] else "a value without a key: give KEY=VALUE"
+    if key and ("is not Optional" in first or "value 'None' for" in first):
+        keys = ", ".join(children(key.split(".")))
+        return f"{key}=null is not allowed: " + (f"it has {keys}" if keys else "it needs a value")
     if isinstance(error, ConfigKeyError) or "not in" in first:
         return unknown_key(key)
     if "missing mandatory value" in text.lower():
         return f"{key} has no value: give it on the command line as {key}=VALUE"
     place = key or getattr(error, "override", None)
     return f"{place}: {first}" if place else first
+
+
+def explain_override(override: str) -> str:
+    """Say how to write an override that Hydra's grammar does not take."""
+    key, equals, _ = override.partition("=")
+    if not equals:
+        return f"{override} is not understood: give KEY=VALUE"
+    if form := quoted_form(override):
+        return f"{override} is not understood as it stands: {form}"
+    return f"{override} is not understood: {key} cannot be a key"
+
+
+def quoted_form(override: str) -> str:
+    """Return how an override is quoted, for Hydra and for the shell; nothing if it cannot be."""
+    key, _, value = override.partition("=")
+    quoted = f"{key}={QuotedString(value, Quote.double).with_quotes()}"
+    try:
+        read = OverridesParser.create().parse_override(quoted).value()
+    except (HydraException, ValueError):
+        return ""
+    return f"quote it, as {shlex.quote(quoted)}" if read == value else ""
 
 
 def unknown_key(key: str) -> str:

@@ -104,14 +104,13 @@ class VettedLoader(ConfigLoaderImpl):
         """Refuse a group that is given something else than the name of a file, with the choices."""
         for override in OverridesParser.create().parse_overrides(overrides):
             group = override.key_or_group
-            value = None if override.is_sweep_override() else override.value()
-            named = isinstance(value, str | list | dict) or override.is_delete()
-            if named or override.is_sweep_override() or not self.repository.group_exists(group):
+            if override.is_sweep_override() or not self.repository.group_exists(group):
                 continue
-            written = (override.input_line or "").partition("=")[2]
-            raise RefusedConfig(
-                f"{group}={written} is not allowed: one of {', '.join(self.choices(group))}"
-            )
+            named = isinstance(override.value(), str | list | dict)
+            if group != "experiment" if override.is_delete() else not named:
+                raise RefusedConfig(
+                    f"{override.input_line} is not allowed: one of {', '.join(self.choices(group))}"
+                )
 
     def explain_missing(self, error: MissingConfigException) -> str | None:
         """Name a file that is not there, and those of its group; None if it is of no group."""

@@ -580,7 +580,7 @@ def test_a_published_draw_is_kept_and_its_overlap_counted(
         "dataset.nsamples=9", f"corpora.c4.path={tmp_path}",
     ]  # fmt: skip
     config = config_of(*given)
-    alone = config_of(*given, "evaluation=embedded", "reuse=false")
+    alone = config_of(*given, "evaluation=embedded", "cache=false")
     overlap, left_out = report_overlap(config)
     assert overlap is not None
     assert [index for index, _, _ in overlap.shared] == [5, 6]
