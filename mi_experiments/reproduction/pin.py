@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from mi_experiments.config.identity import without_incidental
 from mi_experiments.errors import InputError
@@ -41,7 +43,16 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
         raise InputError(f"--pin {run_dir}: the run is {result.status}, not completed")
     if contradictions := check_record(run_dir, whole=True):
         raise InputError(f"--pin {run_dir}: {'; '.join(contradictions)}")
-    choices = OmegaConf.load(run_dir / ".hydra" / "hydra.yaml").hydra.runtime.choices
+    saved = run_dir / ".hydra" / "hydra.yaml"
+    try:
+        choices = dict(OmegaConf.load(saved).hydra.runtime.choices)
+    except (
+        YAMLError, OmegaConfBaseException, AttributeError, ValueError, TypeError, RecursionError
+    ) as error:  # fmt: skip
+        line = " ".join(str(error).split())
+        raise InputError(
+            f"--pin {run_dir}: {saved} does not say what was chosen: {line}"
+        ) from error
     groups = [
         {f"override /{group}": choice}
         for group, choice in choices.items()

@@ -1,6 +1,5 @@
 """What mi-reproduce --status shows: every table, where its numbers are from, and what was run."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from omegaconf import OmegaConf
 
 from mi_experiments.config.identity import NUMERICS_VERSION
 from mi_experiments.errors import InputError
+from mi_experiments.persistence.plain_json import read_json
 from mi_experiments.reproduction.verdicts import NOT_RUN
 
 HEADER = "| table | rows | run | numbers from |\n|---|---:|---|---|\n"
@@ -59,7 +59,7 @@ def read_verdicts(file: Path, rows: Sequence[str]) -> list[dict[str, Any]]:
         InputError: it cannot be read, or is of another table or version.
     """
     try:
-        entries: list[dict[str, Any]] = json.loads(file.read_text())
+        entries: list[dict[str, Any]] = read_json(file)
         strange = {entry["row"] for entry in entries} - set(rows)
         versions = {entry["numerics_version"] for entry in entries} - {None, NUMERICS_VERSION}
     except (ValueError, KeyError, TypeError) as error:

@@ -27,7 +27,8 @@ def changed_since(config: Config, finished: Result, run_dir: Path) -> tuple[list
         A line a file of the model, text, or change of numerics; and a note where the model or a
         text is not at hand. Nothing is downloaded.
     """
-    assert finished.provenance is not None
+    if finished.provenance is None:
+        return [f"provenance: not in the record of {run_dir}: remove it to run again"], ""
     read = {
         "model_files": finished.provenance.model_files,
         "calibration": finished.provenance.calibration_sha256,

@@ -72,6 +72,7 @@ def test_rows_are_counted_by_verdict_and_named_where_they_ran(tmp_path: Path) ->
         ([entry("papers/wanda/a", "PASS", numerics_version=0)], "stale: 0 is not of this table"),
         ([{"verdict": "PASS"}], "no file of mi-reproduce --json"),
         ("{", "no file of mi-reproduce --json"),
+        ("[" * 100_000, "no file of mi-reproduce --json"),
     ],
 )
 def test_verdicts_of_another_table_or_version_are_refused(

@@ -12,6 +12,7 @@ import pytest
 from synthetic_runs import make_broken_run, make_config, make_run
 
 from mi_experiments.errors import InputError
+from mi_experiments.records.record_types import short_hash
 from mi_experiments.records.result import write_result
 from mi_experiments.sweeps.outcomes import (
     Experience,
@@ -22,6 +23,7 @@ from mi_experiments.sweeps.outcomes import (
     read_experience,
     read_outcome,
     record_version,
+    tell_models,
     write_sweep,
 )
 
@@ -88,6 +90,24 @@ def test_the_record_of_a_sweep_is_what_its_table_shows(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert content["status"] == "failed"
     assert [Outcome(**job) for job in content["jobs"]] == outcomes
+
+
+def test_jobs_on_replaced_files_of_a_model_are_named() -> None:
+    def jobs(*models: tuple[str, str | None]) -> list[Outcome]:
+        return [
+            replace(WAITING, swept={"model.path": path, "seed": str(seed)}, model_files=files)
+            for seed, (path, files) in enumerate(models)
+        ]
+
+    assert tell_models(jobs(("a", "x"), ("b", "y"), ("a", "x"), ("a", None))) == ""
+    line = tell_models(jobs(("a", "x"), ("b", "y"), ("a", "z"), ("a", "x")))
+    assert line.endswith("have changed between jobs: x (job 1, 4); z (job 3)")
+
+
+def test_an_outcome_has_the_files_of_its_model(tmp_path: Path) -> None:
+    make_run(tmp_path / "job", origin={"model_files": {"model.safetensors": "a"}})
+    outcome = read_outcome(WAITING, tmp_path, None, None)
+    assert outcome.model_files == short_hash({"model.safetensors": "a"})
 
 
 def run_of(tokens: int, seconds: float, size: int, place: str = "this sweep") -> Experience:

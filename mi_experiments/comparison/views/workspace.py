@@ -5,6 +5,7 @@ the summary (`bits/effective`, `compressed/TEXT/perplexity`) and the axes of the
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def build_workspace(comparison: Comparison) -> ws.Workspace:
     mean.
 
     Raises:
-        InputError: the runs were recorded in more than one project.
+        InputError: the runs were recorded in more than one project, or one does not say in which.
     """
     entity, project = find_project(comparison)
     sweeps = find_sweeps(comparison)
@@ -122,7 +123,9 @@ def find_project(comparison: Comparison) -> tuple[str, str]:
     """Return entity (empty for the client's own) and project of the runs."""
     found: dict[tuple[Any, Any], str] = {}
     for run, detail in comparison.details.items():
-        tracking = detail.result.config["tracking"]
+        tracking = detail.result.config.get("tracking")
+        if not isinstance(tracking, Mapping) or not isinstance(tracking.get("project"), str):
+            raise InputError(f"--wandb: {run} does not say in which project it is; use --where")
         found.setdefault((tracking.get("entity") or "", tracking["project"]), run)
     if len(found) > 1:
         places = ", ".join(f"{run} in {'/'.join(place)}" for place, run in found.items())

@@ -203,3 +203,16 @@ def test_text_is_drawn_as_it_is_written(tmp_path: Path) -> None:
     drawn, _ = write_plots(compare_runs(tmp_path / "two"), tmp_path / "figures")
     assert {"frontier_excess_.._.._x", "frontier_excess__b_"} <= {*drawn}
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {*drawn}
+
+
+def test_every_model_has_a_frontier_of_its_own(tmp_path: Path) -> None:
+    """Also where only its files tell it apart."""
+    for job, excess in enumerate((0.4, 0.3, 0.2, 0.1)):
+        origin = {"model_files": {"model.safetensors": "ab"[job % 2]}}
+        make_run(tmp_path / str(job), excess, seed=job, origin=origin)
+    comparison = compare_runs(tmp_path)
+    assert comparison.models == ["model_files"]
+    drawn = lines(axes_of(draw_frontier(comparison, "stories", "compressed")), "frontier")
+    runs = read_runs([tmp_path])
+    lowest = {(row["effective_bits"], row["compressed"]) for row in runs.to_dict("records")[2:]}
+    assert {line[0] for line in drawn} == lowest
