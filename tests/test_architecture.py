@@ -24,14 +24,12 @@ MAY_WRITE = {
     "export/dense.py": {"save_pretrained", "write_bytes"},
     # Into a temporary folder, to be hashed.
     "texts/token_cache.py": {"save_pretrained"},
-    # Locks, which hold nothing.
-    "persistence/cache.py": {"open_plain"},
+    # Who has a lock, into the lock.
+    "persistence/locks.py": {"write_text"},
     # Memory that the system may write out; the file has no name while it is used.
     "llm/activations.py": {"from_file"},
-    # The lock, which holds nothing, and the log, which only grows.
+    # The log, which only grows.
     "experiment/directory.py": {"open_plain"},
-    # The lock of a sweep, which only says who holds it.
-    "sweeps/outcomes.py": {"open_plain"},
     # Figures, into a folder that the user names, drawn again in seconds.
     "comparison/views/plots.py": {"savefig"},
     # To the server of Weights & Biases.

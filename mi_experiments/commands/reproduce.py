@@ -22,7 +22,7 @@ from mi_experiments.config.compose import conf_directory, explain, from_hydra
 from mi_experiments.config.identity import asked_config, without_incidental
 from mi_experiments.config.secrets import scrub
 from mi_experiments.errors import InputError, MiError, ResumableError, VerdictError, in_a_line
-from mi_experiments.experiment.directory import claim, log_file, save_composition
+from mi_experiments.experiment.directory import lock_run, log_file, save_composition
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.persistence.atomic import write_atomically
 from mi_experiments.records.record_check import check_record
@@ -234,7 +234,7 @@ def run_row(
         if same and bad:
             raise VerdictError(f"dense: {bad[0].text} {bad[0].ours:.4f}: {bad[0].why}")
 
-    with claim(run_dir, config) as finished, log_file(run_dir):
+    with lock_run(run_dir, config) as finished, log_file(run_dir):
         if (finished := show_or_mend(finished, run_dir)) is not None:
             since, note = changed_since(config, finished, run_dir)
             changes += since

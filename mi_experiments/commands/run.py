@@ -25,7 +25,7 @@ from mi_experiments.config.secrets import scrub
 from mi_experiments.config.vetted_hydra import vet_what_hydra_composes
 from mi_experiments.errors import InputError, MiError, ResumableError, in_a_line
 from mi_experiments.experiment.directory import (
-    claim,
+    lock_run,
     log_file,
     recall_composition,
     save_composition,
@@ -139,7 +139,7 @@ def do_run(
         STOP.check()
     with disk_errors(run_dir, "made"):
         run_dir.mkdir(parents=True, exist_ok=True)
-    with claim(run_dir, config) as finished, log_file(run_dir):
+    with lock_run(run_dir, config) as finished, log_file(run_dir):
         # Not before: what an earlier process has left says now that it is interrupted.
         STOP.check()
         if (finished := show_or_mend(finished, run_dir)) is not None:

@@ -7,7 +7,6 @@ what was named; an average carries the 95 % interval of Student's t and the numb
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -197,41 +196,15 @@ def averages(group: pd.DataFrame) -> dict[str, Any]:
 
 def half_width(values: Sequence[float]) -> float:
     """Return half the width of the mean's 95 % interval by Student's t; NaN below two values."""
+    # Imported late: most tables are not averaged.
+    from scipy.special import stdtrit
+
     count = len(values)
     if count < 2:
         return math.nan
     mean = math.fsum(values) / count
     variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    return student_quantile(count - 1) * math.sqrt(variance / count)
-
-
-@cache
-def student_quantile(freedom: int) -> float:
-    """Return the t that a Student variable exceeds in absolute value with probability 5 %.
-
-    Bisection of `central_probability` down to neighbouring floating-point numbers.
-    """
-    low, high = 0.0, math.pi / 2
-    while low < (angle := (low + high) / 2) < high:
-        if central_probability(angle, freedom) < 0.95:
-            low = angle
-        else:
-            high = angle
-    return math.sqrt(freedom) * math.tan(high)
-
-
-def central_probability(angle: float, freedom: int) -> float:
-    """Return P(|T| ≤ √freedom · tan(angle)), exact for whole degrees of freedom.
-
-    The finite sums of Abramowitz and Stegun, 26.7.3 (odd) and 26.7.4 (even).
-    """
-    odd = freedom % 2
-    total, addend = 0.0, math.cos(angle) if odd else 1.0
-    for k in range(freedom // 2):
-        total += addend
-        addend *= math.cos(angle) ** 2 * (2 * k + 1 + odd) / (2 * k + 2 + odd)
-    central = math.sin(angle) * total
-    return 2 / math.pi * (angle + central) if odd else central
+    return float(stdtrit(count - 1, 0.975)) * math.sqrt(variance / count)
 
 
 def pivot(frame: pd.DataFrame, rows: str, columns: str, value: str) -> pd.DataFrame:

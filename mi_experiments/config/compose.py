@@ -129,7 +129,8 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Could not override '([^']*)'", text):
         return unknown_key(found[1]) if found[1] else "a value without a key: give KEY=VALUE"
     if key and ("is not Optional" in first or "value 'None' for" in first):
-        keys = ", ".join(children(key.split(".")))
+        below = hint_at(Config, key.split("."))
+        keys = ", ".join(name for name, _ in fields_below(below))
         return f"{key}=null is not allowed: " + (f"it has {keys}" if keys else "it needs a value")
     if isinstance(error, ConfigKeyError) or "not in" in first:
         return unknown_key(key)

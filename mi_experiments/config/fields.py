@@ -8,9 +8,12 @@ import dataclasses
 import types
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from typing import Annotated, Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-import annotated_types
+from annotated_types import Interval
+
+ENDS = ("gt", "ge", "lt", "le", "min_length")
+"""What the ranges of `annotated_types` call their ends."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class About:
     allowed: str = ""
 
 
-SEED_RANGE = annotated_types.Interval(ge=0, lt=2**63)
+SEED_RANGE = Interval(ge=0, lt=2**63)
 """The seeds that every generator takes, of torch, numpy and Python."""
 
 SEEDS = "a whole number from 0 to 2^63 - 1"
@@ -64,14 +67,8 @@ def allowed(hint: Any) -> str:
 
 def said_range(said: Sequence[Any]) -> str:
     """Say in words which values a range of `annotated_types` holds."""
-    limits: dict[str, Any] = {}
-    for part in said:
-        grouped = isinstance(part, annotated_types.GroupedMetadata)
-        for limit in part if grouped else [part]:
-            if isinstance(limit, annotated_types.BaseMetadata):
-                ends = dataclasses.fields(cast(Any, limit))
-                limits |= {end.name: getattr(limit, end.name) for end in ends}
-    match limits:
+    ends = [(end, getattr(part, end, None)) for part in said for end in ENDS]
+    match {end: value for end, value in ends if value is not None}:
         case {"min_length": 1}:
             return "at least one"
         case {"ge": low, "le": high}:

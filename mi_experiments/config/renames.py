@@ -55,7 +55,13 @@ def with_new_names(config: Mapping[str, Any], group: str = "") -> dict[str, Any]
 
 
 def record_with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record in which every field, and every name in its config, is that of today."""
+    """Return a record in which every field, and every name in its config, is that of today.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
+        raise TypeError("there is no config in it")
     renamed = {FIELDS.get(name, name): value for name, value in record.items()}
     return renamed | {"config": with_new_names(renamed["config"])}
 

@@ -1,6 +1,5 @@
 """A run directory: its lock, its log and its composed config."""
 
-import fcntl
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from mi_experiments.config.vetting import read_config, walk
 from mi_experiments.errors import InputError, MiError
 from mi_experiments.persistence.atomic import disk_errors, inside, open_plain, write_atomically
 from mi_experiments.persistence.commits import MANIFEST, read_manifest, refuse_changes
+from mi_experiments.persistence.locks import hold
 from mi_experiments.records.provenance import scrub_argument
 from mi_experiments.records.recorder import read_sealed
 from mi_experiments.records.result import RESULT, Result, write_result
@@ -25,7 +25,7 @@ log = logging.getLogger("mi_experiments")
 
 
 @contextmanager
-def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
+def lock_run(run_dir: Path, config: Config) -> Iterator[Result | None]:
     """Hold the run directory alone; yields the result of a run that says that it is complete.
 
     A record that says `running` is false, as no process holds the directory: it is put right.
@@ -34,11 +34,10 @@ def claim(run_dir: Path, config: Config) -> Iterator[Result | None]:
         InputError: another process holds it, it holds another run, or nothing tells what is
             finished in it.
     """
-    with open_plain(run_dir / "run.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{run_dir} is in use by another run: choose another") from None
+    with hold(
+        run_dir / "run.lock",
+        lambda holder: f"{run_dir} is in use by another run ({holder}): choose another",
+    ):
         result = None
         begun = read_manifest(run_dir)
         if (run_dir / RESULT).exists():
@@ -102,7 +101,7 @@ def log_file(run_dir: Path) -> Iterator[None]:
 
 
 def save_composition(composed: DictConfig, run_dir: Path) -> None:
-    """Write what Hydra composed, in Hydra's own layout; its writing would precede the claim."""
+    """Write what Hydra composed, in Hydra's own layout; its writing would precede the lock."""
     folder = run_dir / ".hydra"
     with disk_errors(folder, "made"):
         inside(run_dir, ".hydra/config.yaml").parent.mkdir(exist_ok=True)

@@ -12,7 +12,6 @@ one sweep do. Nothing but time is lost when the folder is removed, at any moment
 The SHA-256 finds damage, and no forgery; so a folder that others may write to is refused.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,11 +23,12 @@ from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mi_experiments.errors import InputError, MiError
-from mi_experiments.persistence.atomic import TEMPORARY, open_plain, save_atomically
+from mi_experiments.persistence.atomic import TEMPORARY, save_atomically
 from mi_experiments.persistence.own_folder import is_own, make_own, refuse_others
 
 log = logging.getLogger(__name__)
@@ -154,16 +154,18 @@ def locked(
     check_folder(path.parent)
     try:
         make_own(path.parent)
-        lock = open_plain(path.with_suffix(".lock"), "a")
     except (OSError, MiError) as error:
         log.warning("the cache %s cannot be used: %s", path.parent, error)
         yield False
         return
-    with lock:
-        writable = _wait(lock.fileno(), path, on_wait, check)
+    lock = FileLock(path.with_suffix(".lock"), fallback_to_soft=False, thread_local=False)
+    try:
+        writable = _wait(lock, on_wait, check)
         if writable:
             _remove_halves(path)
         yield writable
+    finally:
+        lock.release()
 
 
 def _remove_halves(path: Path) -> None:
@@ -175,17 +177,17 @@ def _remove_halves(path: Path) -> None:
 
 
 def _wait(
-    lock: int, path: Path, on_wait: Callable[[], None] | None, check: Callable[[], None] | None
+    lock: FileLock, on_wait: Callable[[], None] | None, check: Callable[[], None] | None
 ) -> bool:
-    """Take a lock when it is free; give False where the file system has none."""
+    """Take a lock when it is free; give False where there is none to take."""
     waiting = False
     while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire(blocking=False)
+        except Timeout:
             pass
         except OSError as error:
-            log.warning("the cache %s has no locks: %s", path.parent, error)
+            log.warning("the cache has no lock %s: %s", lock.lock_file, error)
             return False
         else:
             return True

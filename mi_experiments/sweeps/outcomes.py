@@ -5,19 +5,15 @@ A sweep directory holds a run directory for each job, `sweep.json` (this record)
 """
 
 import dataclasses
-import fcntl
 import json
-import os
-import socket
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mi_experiments.errors import InputError
-from mi_experiments.persistence.atomic import open_plain, remove_temporaries, write_atomically
+from mi_experiments.persistence.atomic import remove_temporaries, write_atomically
+from mi_experiments.persistence.locks import hold
 from mi_experiments.persistence.plain_json import BrokenRecord
 from mi_experiments.records.record_types import short_hash
 from mi_experiments.records.result import RESULT, Result, read_result
@@ -162,40 +158,22 @@ def write_sweep(
 
 
 @contextmanager
-def hold(sweep_dir: Path) -> Iterator[None]:
+def lock_sweep(sweep_dir: Path) -> Iterator[None]:
     """Hold a sweep directory alone, for as long as this process lives at most.
 
     Raises:
         InputError: another process holds it; the line says which.
     """
-    with open_plain(sweep_dir / LOCK, "a+") as lock:
-        # A child that is forked and outlives this process must not go on holding it.
-        os.register_at_fork(after_in_child=lock.close)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"{sweep_dir} is being swept by {read_holder(sweep_dir / LOCK)}: wait for it, or "
-                "choose another directory (hydra.sweep.dir=DIR)"
-            ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        lock.flush()
+    with hold(
+        sweep_dir / LOCK,
+        lambda holder: (
+            f"{sweep_dir} is being swept by {holder}: wait for it, or choose another "
+            "directory (hydra.sweep.dir=DIR)"
+        ),
+    ):
         # Its own alone: in the folder of a job another process may be at work.
         remove_temporaries(sweep_dir, below=False)
-        try:
-            yield
-        finally:
-            lock.truncate(0)
-
-
-def read_holder(path: Path) -> str:
-    """Return who holds a lock, which is written as soon as it is held."""
-    for _ in range(20):
-        if holder := path.read_text():
-            return holder
-        time.sleep(0.05)
-    return "another process"
+        yield
 
 
 @dataclass(frozen=True)

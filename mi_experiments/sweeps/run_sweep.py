@@ -26,7 +26,7 @@ from mi_experiments.errors import InputError
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.sweeps.jobs import BASIC_SWEEPER, fix_directory, read_sweep
 from mi_experiments.sweeps.launch import Launch, Task
-from mi_experiments.sweeps.outcomes import JobEnd, hold
+from mi_experiments.sweeps.outcomes import JobEnd, lock_sweep
 from mi_experiments.sweeps.preview import look_at, show_plan
 
 
@@ -62,7 +62,7 @@ def run_sweep(
             show_plan(sweep, [look_at(sweep, job) for job in sweep.jobs], console)
             return JobEnd()
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        with hold(sweep.directory), stop.listen(signal.SIGINT):
+        with lock_sweep(sweep.directory), stop.listen(signal.SIGINT):
             return Launch(sweep, console, stop).run(task)
 
 

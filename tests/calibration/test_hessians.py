@@ -1,17 +1,16 @@
 """Fisher information is measured once a run, with one block in memory, and planned for."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from mi_experiments.calibration import hessians
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
 from mi_experiments.errors import ResumableError
 from mi_experiments.experiment.memory_plan import (
     GRAPH_COPIES,
@@ -36,9 +35,7 @@ FISHER = (
 )  # fmt: skip
 
 
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=[*FISHER, *overrides]))
+config_of = partial(composed.config_of, base=FISHER)
 
 
 @pytest.fixture

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from mi_experiments.calibration.hessians import measure_hessians, measure_scarce
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
 from mi_experiments.compression.totals import check_budget
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.errors import NumericalError
 from mi_experiments.llm.blocks import walk_blocks
@@ -29,10 +28,8 @@ def config_of(*overrides: str) -> Config:
         "dataset.batch_size=2",
         "model.ignore=['*.mlp.gate']",
         "sparsity.scope=linear",
-        *overrides,
     ]
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=base))
+    return composed.config_of(*overrides, base=base)
 
 
 @pytest.fixture

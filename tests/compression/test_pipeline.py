@@ -4,14 +4,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from mi_experiments.calibration import hessians
 from mi_experiments.compression import factorize_site, pipeline
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.planning import plan, site_costs
 from mi_experiments.planning.plan import Plan, plan_compression
@@ -24,8 +23,7 @@ def config_of(*overrides: str) -> Config:
         "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
         "sparsity.scope=linear", "wbits.scope=linear", "wbits.cost=distortion",
     ]  # fmt: skip
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=[*small, *overrides]))
+    return composed.config_of(*overrides, base=small)
 
 
 def compressed(model: Any, tokens: torch.Tensor, *overrides: str) -> list[CompressedLinear]:

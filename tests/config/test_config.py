@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from omegaconf import OmegaConf
 from tiny_models import build_tiny_model
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
@@ -19,6 +19,7 @@ from mi_experiments.config.config import Config
 from mi_experiments.errors import InputError
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.method.grouping import Grouping
+from mi_experiments.method.pruning import Sparsity
 
 CONF = Path(conf_directory())
 GROUPS = {
@@ -32,11 +33,6 @@ NEEDED = {
     "dataset=text": ["dataset.path=/data/x.txt"],
     "evaluation=text": ["dataset=text", "dataset.path=/data/x.txt"],
 }
-
-
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_hydra(compose("config", overrides=list(overrides)))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +161,40 @@ def test_the_plain_form_is_json_and_round_trips() -> None:
     again = from_hydra(OmegaConf.create(plain))
     assert again == config
     assert again.n_groups.grouping is Grouping.redundancy
+
+
+# What a run needs follows from what is asked
+
+BLIND = ["n_groups=random", "wbits=uniform", "sparsity.scope=linear"]
+NEEDS = [
+    ([], {"needs_activations", "uses_fisher", "needs_dense_pair"}),
+    (BLIND, {"needs_dense_pair"}),
+    ([*BLIND, "recipe=textbook"], set()),
+    ([*BLIND, "recipe=textbook", "recipe.safety_net=true"], set()),
+    (["recipe=textbook", "recipe.safety_net=true"],
+     {"needs_activations", "uses_fisher", "has_safety_net"}),
+    ([*BLIND, "recipe=textbook", "n_groups=energy"], {"needs_activations"}),
+    ([*BLIND, "recipe=textbook", "n_groups=energy", "n_groups.count=1"], set()),
+    ([*BLIND, "recipe=textbook", "sparsity.scope=model"], {"needs_activations", "uses_fisher"}),
+    (["recipe=textbook", "wbits.cost=relative", "sparsity.cost=relative"], {"needs_activations"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "needs"), NEEDS, ids=str)
+def test_a_config_says_what_its_run_needs(overrides: list[str], needs: set[str]) -> None:
+    config = config_of(*overrides)
+    names = ("needs_activations", "uses_fisher", "needs_dense_pair", "has_safety_net")
+    assert {name for name in names if getattr(config, name)} == needs
+
+
+def test_only_blind_groupings_need_no_activations() -> None:
+    blind = {rule for rule in Grouping if not rule.needs_activations}
+    assert blind == {Grouping.contiguous, Grouping.random}
+
+
+def test_the_pattern_is_that_of_every_linear() -> None:
+    assert config_of("sparsity=semistructured_2_4").sparsity.pattern == Sparsity(0.5, 2, 4)
+    assert config_of("sparsity=dense").sparsity.pattern.is_dense
 
 
 # Texts

@@ -14,7 +14,13 @@ from mi_experiments.comparison.run_table import find_column, read_runs
 from mi_experiments.config.compose import explain, from_hydra, to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.fields import hint_at
-from mi_experiments.config.renames import FIELDS, KEYS, VALUES, with_new_names
+from mi_experiments.config.renames import (
+    FIELDS,
+    KEYS,
+    VALUES,
+    record_with_new_names,
+    with_new_names,
+)
 from mi_experiments.errors import InputError
 from mi_experiments.records.result import RESULT, Result, read_result
 
@@ -84,6 +90,12 @@ def test_an_old_value_is_read_as_the_new_one(key: str, old: str, new: str) -> No
     assert with_new_names({group: {last: old, "name": old}}) == {group: {last: new, "name": old}}
     # A key of the same name elsewhere is another key.
     assert with_new_names({last: old}) == {last: old}
+
+
+@pytest.mark.parametrize("record", [[], 3, {}, {"config": None}, {"config": [1]}])
+def test_what_is_no_record_is_refused_as_before(record: Any) -> None:
+    with pytest.raises(TypeError, match="no config"):
+        record_with_new_names(record)
 
 
 def test_records_of_earlier_versions_stand_beside_those_of_today(tmp_path: Path) -> None:

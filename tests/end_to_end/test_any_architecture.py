@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from tiny_models import TINY_CONFIGS, build_byte_tokenizer, build_tiny_model
 from transformers import AutoModelForCausalLM
 
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.evaluation.perplexity import measure_perplexity
 from mi_experiments.experiment.progress import Progress
@@ -33,10 +32,9 @@ def config_of(directory: Path, text: Path, *overrides: str) -> Config:
         "dataset=text", f"dataset.path={text}", "dataset.nsamples=6", "dataset.batch_size=2",
         "evaluation.datasets.text.max_windows=4", "evaluation.batch_tokens=64",
         "n_groups.multiple=1", "n_groups.count=2", "tracking=disabled", "export=dense",
-        "recipe.max_escalated=1", *overrides,
+        "recipe.max_escalated=1",
     ]  # fmt: skip
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=base))
+    return composed.config_of(*overrides, base=base)
 
 
 @pytest.mark.parametrize(

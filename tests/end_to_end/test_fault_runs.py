@@ -11,16 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from composed import config_of
 from faulty_models import BLIND, LOUD, SINGULAR, UNDAMPED, build_overflowing, build_singular
-from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import build_byte_tokenizer, build_tiny_model
 from transformers import AutoModelForCausalLM
 
 from mi_experiments.compression import pipeline
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
 from mi_experiments.errors import MemoryShortage, NumericalError
 from mi_experiments.experiment import run_experiment as running
 from mi_experiments.experiment.progress import Progress
@@ -59,14 +57,9 @@ def arguments(tmp_path: Path) -> Callable[..., list[str]]:
     return build
 
 
-def config_of(arguments: list[str]) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=arguments))
-
-
 def run(arguments: list[str], directory: Path) -> Result:
     directory.mkdir(exist_ok=True)
-    config = config_of(arguments)
+    config = config_of(*arguments)
     tracker = Tracker.open(config, directory, sweep_dir=None, job=directory.name)
     return run_experiment(config, directory, tracker, Progress())
 

@@ -5,11 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from synthetic_runs import make_run
 
 from mi_experiments.commands.compare import main, parse
-from mi_experiments.config.compose import conf_directory, from_hydra
+from mi_experiments.config.compose import conf_directory
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,8 +28,7 @@ def test_every_run_composes(command: str) -> None:
     words = shlex.split(command, comments=True)[1:]
     # A sweep's first job: the first value of each comma list.
     overrides = [word.split(",")[0] for word in words if not word.startswith("-")]
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        from_hydra(compose("config", overrides=overrides))
+    config_of(*overrides)
 
 
 @pytest.mark.parametrize("command", COMPARISONS)

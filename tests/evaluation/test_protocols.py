@@ -11,13 +11,14 @@ import json
 import math
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence as Steps
@@ -27,8 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mi_experiments.commands.reproduce import compose_row, find_rows
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
+from mi_experiments.config.compose import from_hydra
 from mi_experiments.errors import InputError
 from mi_experiments.evaluation.perplexity import measure_perplexity
 from mi_experiments.texts.sources import EvaluationText, calibration_sequences, evaluation_texts
@@ -81,9 +81,7 @@ def write_corpora(root: Path, changes: dict[tuple[str, str], list[str]]) -> list
     return [f"corpora.{name}.path={root / name}" for name in corpora]
 
 
-def configure(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", ["cache=false", *overrides]))
+configure = partial(config_of, base=["cache=false"])
 
 
 def evaluated(

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 
 from mi_experiments.calibration import hessians
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.experiment import phases
 from mi_experiments.experiment.cache import computed_by, perplexity_key, results_directory
 from mi_experiments.experiment.progress import Progress
@@ -56,8 +55,7 @@ def run(arguments: list[str], tmp_path: Path) -> Callable[..., Result]:
     """Do a run in a directory below the test's."""
 
     def do(name: str, *overrides: str) -> Result:
-        with initialize_config_dir(conf_directory(), version_base="1.3"):
-            config = from_hydra(compose("config", overrides=[*arguments, *overrides]))
+        config = config_of(*overrides, base=arguments)
         directory = tmp_path / name
         directory.mkdir(exist_ok=True)
         tracker = Tracker.open(config, directory, sweep_dir=None, job=name)

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.experiment import phases
@@ -44,8 +43,7 @@ def config_of(tiny_directory: Path, tmp_path: Path) -> Callable[..., Config]:
             "evaluation.datasets.text.max_windows=4", "tracking=disabled", "n_groups.count=2",
             "cache=false",
         ]  # fmt: skip
-        with initialize_config_dir(conf_directory(), version_base="1.3"):
-            return from_hydra(compose("config", overrides=[*base, *overrides]))
+        return composed.config_of(*overrides, base=base)
 
     return build
 
@@ -197,8 +195,7 @@ def test_the_embedded_model_knows_its_floor_and_feels_compression(
         "wbits=uniform", "n_groups=contiguous", "n_groups.count=1", "recipe=textbook",
         "evaluation.datasets.embedded.max_windows=60", "tracking=disabled", "dataset.nsamples=32",
     ]  # fmt: skip
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        config = from_hydra(compose("config", overrides=[*base, *choice]))
+    config = composed.config_of(*choice, base=base)
     result = run(config, tmp_path / "run")
     dense, compressed = result.dense["embedded"], result.compressed["embedded"]
     assert dense.floor is not None

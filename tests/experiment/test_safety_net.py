@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from tiny_models import build_byte_tokenizer, build_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
@@ -49,8 +48,7 @@ def config_of(tiny_directory: Path, tmp_path: Path) -> ConfigOf:
             "n_groups.multiple=8", "wbits.average=3", "recipe.safety_net=true", "export=dense",
             "cache=false",
         ]  # fmt: skip
-        with initialize_config_dir(conf_directory(), version_base="1.3"):
-            return from_hydra(compose("config", overrides=[*base, *overrides]))
+        return composed.config_of(*overrides, base=base)
 
     return build
 
@@ -160,8 +158,7 @@ def test_the_uniform_model_is_that_of_a_uniform_run(
 
 
 def test_held_out_text_is_not_what_was_measured_on(config_of: ConfigOf) -> None:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        embedded = from_hydra(compose("config", overrides=["recipe.safety_net=true"]))
+    embedded = composed.config_of("recipe.safety_net=true")
     for config in (config_of(), embedded):
         tokenizer = AutoTokenizer.from_pretrained(find_model(config.model.path))
         held_out = held_out_sequences(tokenizer, config)

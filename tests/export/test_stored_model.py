@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import build_byte_tokenizer, build_tiny_model
@@ -21,7 +21,6 @@ from transformers import (
 )
 
 from mi_experiments.compression.pipeline import CompressedBlock, CompressedLinear
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Export
 from mi_experiments.errors import AuditError, InputError, ResumableError
 from mi_experiments.export import stored_model
@@ -59,8 +58,7 @@ def open_directory(directory: Path) -> OpenModel:
 
 def open_stored(opened: OpenModel, run_dir: Path, export: str = "dense") -> StoredModel:
     run_dir.mkdir(exist_ok=True)
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        config = from_hydra(compose("config", overrides=[f"export={export}"]))
+    config = config_of(f"export={export}")
     return StoredModel(opened.weights.fork(), Commits(run_dir, {}, PARTS), config)
 
 

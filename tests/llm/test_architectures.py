@@ -5,15 +5,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tiny_models import TINY_CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.llm.blocks import describe_blocks, walk_blocks
 from mi_experiments.llm.inventory import LinearView, block_list, take_inventory
@@ -194,8 +193,7 @@ def test_sites_are_known_before_the_weights(
 @cache
 def config_of(*overrides: str) -> Config:
     small = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=4"]
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=[*small, *overrides]))
+    return composed.config_of(*overrides, base=small)
 
 
 def compress(model: PreTrainedModel, tokens: Tensor, *overrides: str) -> list[CompressedLinear]:

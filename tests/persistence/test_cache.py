@@ -71,7 +71,7 @@ def test_a_key_is_its_parts_in_any_order() -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mi_experiments.content_store import locked
+from mi_experiments.persistence.cache import locked
 with locked(Path(sys.argv[1])) as writable:
     print(writable, flush=True)
     time.sleep(600)
@@ -123,3 +123,11 @@ def test_a_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
 
     with locked(path, check=check) as writable:
         assert writable
+
+
+def test_a_lock_that_is_a_link_is_no_lock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "key.lock").symlink_to(tmp_path / "elsewhere")
+    with locked(tmp_path / "key.safetensors") as writable:
+        assert not writable
+    assert "symbolic links" in caplog.text
+    assert not (tmp_path / "elsewhere").exists()

@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
+import composed
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from mi_experiments.calibration.hessians import FISHER_FIELDS
-from mi_experiments.config.compose import conf_directory, from_hydra, to_plain
+from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
 from mi_experiments.persistence.cache import content_key
@@ -25,9 +26,7 @@ SMALL = (
 FISHER = ("wbits.cost=fisher", "wbits.scope=model")
 
 
-def config_of(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=[*SMALL, *overrides]))
+config_of = partial(composed.config_of, base=SMALL)
 
 
 def leaves(part: Any, path: str = "") -> Iterator[str]:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.llm.loading import ModelSource
 from mi_experiments.records import provenance
 from mi_experiments.records.provenance import checkout_commit, measure_provenance, scrub_argument
@@ -51,8 +50,7 @@ def test_the_commit_is_that_of_the_checkout(
 
 
 def test_what_the_calibration_was_is_recorded(tiny_directory: Path) -> None:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        config = from_hydra(compose("config", ["dataset.nsamples=9"]))
+    config = config_of("dataset.nsamples=9")
     calibration = torch.arange(24).view(3, 8)  # fewer than asked for
     found = measure_provenance(
         config, ModelSource(tiny_directory, None), torch.nn.Linear(1, 1), calibration, True

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import wandb
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from wandb_records import (
     KEY,
     BrokenRun,
@@ -26,7 +26,7 @@ from wandb_records import (
     read_summary,
 )
 
-from mi_experiments.config.compose import from_hydra, to_plain
+from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config, TrackingMode
 from mi_experiments.config.secrets import scrub
 from mi_experiments.records import tracking
@@ -39,8 +39,7 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return from_hydra(compose("config"))
+    return config_of()
 
 
 @pytest.fixture(autouse=True)

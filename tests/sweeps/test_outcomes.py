@@ -19,7 +19,7 @@ from mi_experiments.sweeps.outcomes import (
     JobEnd,
     Outcome,
     estimate,
-    hold,
+    lock_sweep,
     read_experience,
     read_outcome,
     record_version,
@@ -148,9 +148,9 @@ def test_experience_is_that_of_finished_runs(tmp_path: Path) -> None:
 
 def test_a_held_sweep_is_refused_and_says_by_whom(tmp_path: Path) -> None:
     held = pytest.raises(InputError, match=f"process {os.getpid()} on ")
-    with hold(tmp_path), held, hold(tmp_path):
+    with lock_sweep(tmp_path), held, lock_sweep(tmp_path):
         pass
-    with hold(tmp_path):
+    with lock_sweep(tmp_path):
         pass
 
 
@@ -159,8 +159,8 @@ def test_a_lock_does_not_outlive_the_process_that_took_it(tmp_path: Path) -> Non
     script = (
         "import os, subprocess, sys, time\n"
         "from pathlib import Path\n"
-        "from mi_experiments.sweeps import hold\n"
-        "with hold(Path(sys.argv[1])):\n"
+        "from mi_experiments.sweeps.outcomes import lock_sweep\n"
+        "with lock_sweep(Path(sys.argv[1])):\n"
         "    other = subprocess.Popen(['sleep', '60'])\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"
@@ -176,13 +176,13 @@ def test_a_lock_does_not_outlive_the_process_that_took_it(tmp_path: Path) -> Non
     assert holder.stdout is not None
     children = [int(number) for number in holder.stdout.readline().split()]
     try:
-        with pytest.raises(InputError, match=f"process {holder.pid} on "), hold(tmp_path):
+        with pytest.raises(InputError, match=f"process {holder.pid} on "), lock_sweep(tmp_path):
             pass
         holder.kill()
         holder.wait()
         for child in children:
             os.kill(child, 0)  # It is alive.
-        with hold(tmp_path):
+        with lock_sweep(tmp_path):
             pass
     finally:
         holder.kill()

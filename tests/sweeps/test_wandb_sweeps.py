@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import (
     create_sweep_command,
@@ -15,8 +15,7 @@ from wandb.sdk.launch.sweeps.utils import (
 from wandb_records import read_records, read_rows, read_summary
 
 from mi_experiments.comparison.run_table import flatten
-from mi_experiments.config.compose import conf_directory, from_hydra, to_plain
-from mi_experiments.config.config import Config
+from mi_experiments.config.compose import conf_directory, to_plain
 from mi_experiments.records.linears import METRICS, read_linears
 from mi_experiments.records.result import read_result
 
@@ -81,17 +80,12 @@ def test_leet_lists_every_job_of_a_sweep_with_its_numbers(tmp_path: Path) -> Non
     assert {read["config"]["wbits"] for read, _ in found.values()} == {3.0, 4.0}
 
 
-def composed(words: list[str]) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", overrides=words))
-
-
 def test_the_sweep_definition_runs_this_command_with_keys_of_the_config() -> None:
     definition: Any = OmegaConf.to_container(OmegaConf.load(DEFINITION))
     assert definition["method"] in {"grid", "random", "bayes"}
     assert definition["metric"]["goal"] in {"minimize", "maximize"}
     parameters = definition["parameters"]
-    known = dict(flatten(to_plain(composed([]))))
+    known = dict(flatten(to_plain(config_of())))
     sent = {"model", "nsamples", "sparsity", "wbits", "n_groups", "grouping"}
     for key, choice in parameters.items():
         assert key in known
@@ -107,7 +101,7 @@ def test_the_sweep_definition_runs_this_command_with_keys_of_the_config() -> Non
         place = command.index("${args_no_hyphens}")
         words = command[:place] + arguments + command[place + 1 :]
         assert words[-1 - len(arguments)] == "mi-run"
-        config = composed(arguments)
+        config = config_of(*arguments)
         values = dict(flatten(to_plain(config)))
         assert {key: values[key] for key in chosen} == {k: v["value"] for k, v in chosen.items()}
         phase, text, quantity = definition["metric"]["name"].split("/")

@@ -9,18 +9,17 @@ skipped by its name.
 import os
 import random
 import re
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from tiny_models import build_byte_tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mi_experiments.config.compose import conf_directory, from_hydra
-from mi_experiments.config.config import Config
 from mi_experiments.texts.corpora import read_documents
 from mi_experiments.texts.sources import EvaluationText, calibration_sequences, evaluation_texts
 
@@ -61,9 +60,7 @@ def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
         )
 
 
-def configure(*overrides: str) -> Config:
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", ["cache=false", *overrides]))
+configure = partial(config_of, base=["cache=false"])
 
 
 def rows_of(text: str) -> list[str]:

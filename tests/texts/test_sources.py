@@ -14,18 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import composed
 import huggingface_hub.constants
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build_byte_tokenizer
 from torch import Tensor
 
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.config import Config
 from mi_experiments.config.texts import Sampling
 from mi_experiments.embedded import language
@@ -90,8 +89,7 @@ def write_rows(path: Path, texts: Sequence[str], corpus: Any) -> None:
 def config_of(*overrides: str, corpora: Path | None = None) -> Config:
     names = ("wikitext2", "ptb", "c4") if corpora else ()
     local = [f"corpora.{name}.path={corpora}/{name}" for name in names]
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        return from_hydra(compose("config", [*overrides, *local]))
+    return composed.config_of(*overrides, *local)
 
 
 def written(windows: Sequence[Tensor]) -> str:

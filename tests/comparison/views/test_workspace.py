@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import wandb
-from hydra import compose, initialize_config_dir
+from composed import config_of
 from synthetic_runs import compare_runs, make_linears, make_run
 
 from mi_experiments.commands.compare import main
 from mi_experiments.comparison.views import workspace
 from mi_experiments.comparison.views.workspace import AXES, DEFINITION, build_workspace
-from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.errors import InputError
 from mi_experiments.records import tracking
 from mi_experiments.records.linears import METRICS, read_linears
@@ -69,8 +68,7 @@ def test_every_summary_and_setting_is_one_that_tracking_sends(tmp_path: Path) ->
     root = sweep(tmp_path)
     section = definition(root)
     summary = summary_of(read_result(root / "deep" / "0"))
-    with initialize_config_dir(conf_directory(), version_base="1.3"):
-        config = from_hydra(compose("config"))
+    config = config_of()
     sent = describe_run(config, tmp_path, root, "0")["config"]
     known = {f"summary:{key}" for key in summary} | {f"config:{key}.value" for key in sent}
     frontier = panels(section, "Frontier")
