@@ -1,11 +1,12 @@
 # make run: the main job on the embedded model. make test: the tests. make check: everything.
+# make docs: the pages of docs/ and a reference of the code, in site/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: run test test-slurm check format lint types reference clean
+.PHONY: run test test-slurm check format lint types reference docs clean
 
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
@@ -41,5 +42,9 @@ types: $(VENV)/installed
 reference: $(VENV)/installed
 	$(BIN)/python -m mi_experiments.config.reference > docs/configuration.md
 
+# Without a network, and every warning is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

@@ -40,7 +40,7 @@ def save(figure: Figure, source: Path, file: Path) -> None:
 
 
 def panels(count: int, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """Return a figure with as many axes side by side."""
+    """Return a figure of panels side by side."""
     figure = Figure(figsize=(7.2, height))
     return figure, list(figure.subplots(1, count))
 

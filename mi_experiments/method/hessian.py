@@ -260,7 +260,7 @@ def factorize(
     order: Int64[Tensor, "columns"] | None = None,
     escalate: bool = True,
 ) -> Factor:
-    """Factorise H′ = H[order][:, order], its diagonal damped, into R·Rᵀ.
+    """Factorise `H′ = H[order][:, order]`, its diagonal damped, into R·Rᵀ.
 
     A matrix that is not positive definite to working precision is tried again with ten times the
     damping, up to 1. Every attempt is recorded. There is no other fallback.

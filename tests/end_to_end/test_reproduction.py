@@ -1,5 +1,6 @@
 """Rows of papers compose; the embedded run is what was pinned; verdicts by hand."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 import pytest
 from command_line import mi_reproduce
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from mi_experiments.commands.reproduce import compose_row, find_rows, main
+from mi_experiments.commands.run_tables import print_result
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.config.expected import Comparison, Evidence, ExpectedConfig, NumbersConfig
 from mi_experiments.config.identity import asked_config
+from mi_experiments.records.result import read_result
 from mi_experiments.reproduction.verdicts import (
     FAIL,
     NONE,
@@ -22,8 +26,10 @@ from mi_experiments.reproduction.verdicts import (
     setting_changes,
 )
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-TABLES = re.findall(r"^\| `(papers/\w+|pinned)` \| (\d+) \| (.*?) \|", README, re.MULTILINE)
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "reproduction.md").read_text()
+NUMBER = r"[+-]?\d[\d,.]*%?"
+TABLES = re.findall(r"^\| `(papers/\w+|pinned)` \| (\d+) \| (.*?) \|", PAGE, re.MULTILINE)
 
 
 def numbers(**changes: object) -> NumbersConfig:
@@ -48,7 +54,7 @@ def test_every_row_says_what_it_expects(table: str, count: str, _: str) -> None:
         assert expected.source
 
 
-def test_the_readme_names_every_table() -> None:
+def test_the_page_names_every_table() -> None:
     root = Path(conf_directory()) / "experiment"
     folders = {str(file.parent.relative_to(root)) for file in root.glob("*/**/*.yaml")}
     assert {table for table, _, _ in TABLES} == folders
@@ -106,12 +112,36 @@ def test_a_known_wrong_number_is_recognised() -> None:
     assert recognise(known, "n", "dense", "t", 7.72) == []
 
 
+def check_shown_output(run_dir: Path) -> None:
+    """Require of what the README shows that the run prints it, and its numbers within 2 %."""
+    console = Console(width=120, file=io.StringIO(), record=True)
+    print_result(read_result(run_dir), run_dir, None, [], console)
+    printed = [re.sub(r"[ ━─]+", " ", line) for line in console.export_text().splitlines()]
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"^```text\n(┏.*?)^```", readme, re.DOTALL | re.MULTILINE)
+    for line in shown.splitlines():
+        if "│" in line:
+            label = line.split("│")[1].strip()
+            (same,) = [other for other in printed if other.startswith(f"│ {label} │")]
+            assert re.sub(NUMBER, "#", same) == re.sub(NUMBER, "#", re.sub(r"[ ━─]+", " ", line))
+            pairs = zip(re.findall(NUMBER, line), re.findall(NUMBER, same), strict=True)
+            for ours, now in pairs:
+                values = [float(each.strip("%+").replace(",", "")) for each in (ours, now)]
+                # A change is a difference of two perplexities.
+                tolerance = 2.0 if "%" in ours else 0.02 * values[0]
+                assert abs(values[0] - values[1]) <= tolerance, line
+        elif "┃" in line or "result.json" in line:
+            assert re.sub(r"[ ━─]+", " ", line) in printed
+
+
 def test_the_embedded_run_is_what_was_pinned(tmp_path: Path) -> None:
     ended = mi_reproduce(tmp_path, "pinned/embedded", "tracking=disabled", "--json", "first.json")
     assert ended.code == 0, ended
     verdicts = json.loads((tmp_path / "first.json").read_text())
     assert [verdict["verdict"] for verdict in verdicts] == [PASS, PASS]
-    assert f"reaches {verdicts[0]['ours']:.2f}" in README
+    tutorial = (ROOT / "docs" / "tutorial.md").read_text()
+    assert re.search(rf"\breaches {verdicts[0]['ours']:.2f}\b", tutorial)
     (run_dir,) = (tmp_path / "outputs").iterdir()
+    check_shown_output(run_dir)
     main(["pinned/embedded", "--against", str(run_dir), "--json", str(tmp_path / "again.json")])
     assert json.loads((tmp_path / "again.json").read_text()) == verdicts

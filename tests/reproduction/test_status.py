@@ -1,14 +1,13 @@
-"""The README's table of what was run is what the configs and the recorded verdicts say."""
+"""The page's table of what was run is what the configs and the recorded verdicts say."""
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from mi_experiments.commands.reproduce import main, parse
+from mi_experiments.commands.reproduce import main
 from mi_experiments.config.compose import conf_directory
 from mi_experiments.config.identity import NUMERICS_VERSION
 from mi_experiments.errors import InputError
@@ -16,7 +15,7 @@ from mi_experiments.reproduction.rows import find_rows, find_tables
 from mi_experiments.reproduction.status import read_verdicts, status_table
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
+PAGE = (REPOSITORY / "docs" / "reproduction.md").read_text()
 ROOT = Path(conf_directory()) / "experiment"
 VERDICTS = REPOSITORY / "verdicts"
 
@@ -26,9 +25,9 @@ def entry(row: str, verdict: str, **changes: object) -> dict[str, object]:
     return given | changes
 
 
-def test_the_readme_shows_what_was_run() -> None:
+def test_the_page_shows_what_was_run() -> None:
     """Else: mi-reproduce --status verdicts, and put it there."""
-    assert f"\n\n{status_table(find_tables(ROOT), ROOT, VERDICTS)}\n" in README
+    assert f"\n\n{status_table(find_tables(ROOT), ROOT, VERDICTS)}\n" in PAGE
 
 
 @pytest.mark.parametrize("file", sorted(VERDICTS.glob("*.json")), ids=lambda file: file.stem)
@@ -100,16 +99,3 @@ def test_every_row_is_listed_with_its_source_before_anything_was_run(
     ]
     assert (row["expected"], row["verdict"]) == ("10.17", "NOT RUN")
     assert row["source"] == "Wanda, README of locuslab/wanda 8e8fc87, LLaMA-2 table, SparseGPT"
-
-
-COMMANDS = re.findall(r"^mi-reproduce (.*?)(?: +#.*)?$", README, re.MULTILINE)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_documented_command_parses(command: str) -> None:
-    options = parse(shlex.split(command))
-    assert options.pin or options.status or find_rows(options.table, options.only)
-
-
-def test_commands_were_found() -> None:
-    assert len(COMMANDS) >= 6
