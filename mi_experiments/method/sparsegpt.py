@@ -258,6 +258,10 @@ class SweepState:
     def finish(self) -> Swept:
         """Bring the result into storage order."""
         if not self.quadratic_error.isfinite().all():
+            if self.carried.isfinite().all():
+                raise NumericalError(
+                    f"the loss of the sweep is beyond {self.quadratic_error.dtype}: the weights are too large"
+                )
             raise NumericalError(
                 "the sweep diverged: its quadratic error is not finite; raise the damping"
             )

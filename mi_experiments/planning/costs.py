@@ -1,5 +1,6 @@
 """What every width of every group costs, and what pruning costs: output errors, weighted by row."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from mi_experiments.config.config import Config
 from mi_experiments.config.method import Cost
 from mi_experiments.config.recipe import DeadChannels
+from mi_experiments.errors import NumericalError
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.method.grid import UNQUANTIZED, fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, sweep_order
@@ -43,9 +45,13 @@ def measure_group_costs(
     widths are those that the config allows, unless others are given.
     """
     saliency = 1 / factor.inverse_diagonal()
+    # A power of two: squares of small weights do not underflow, and all others keep their bits.
+    unit = unit_of(weight)
     row_cost = weigh_rows(weight, fisher, hessian, config.wbits.cost)
     sparsity = config.sparsity.pattern
-    pruned = choose_pruned(weight.square() * saliency, sparsity) if not sparsity.is_dense else None
+    pruned = None
+    if not sparsity.is_dense:
+        pruned = choose_pruned((weight * unit).square() * saliency, sparsity)
     groups = int(channel_group.max()) + 1
     wbits = config.wbits
     scale_group = scale_groups(channel_group, wbits.group_size)
@@ -63,14 +69,14 @@ def measure_group_costs(
                 scale_bits=config.recipe.scale_bits,
                 pruned=pruned,
             )
-            error = grid.quantize(weight) - weight
+            error = (grid.quantize(weight) - weight) * unit
         if pruned is not None:
             error = error.masked_fill(pruned, 0)
         per_channel = (row_cost @ error.square()).double() * saliency
         columns.append(
             per_channel.new_zeros(groups).index_add_(0, channel_group.long(), per_channel)
         )
-    costs = torch.stack(columns, dim=1)
+    costs = in_outputs(torch.stack(columns, dim=1), unit, config.wbits.cost)
     sizes = torch.bincount(channel_group.long(), minlength=groups) * weight.shape[0]
     return GroupCosts(costs.cpu(), sizes.cpu())
 
@@ -90,9 +96,35 @@ def measure_pruning_costs(
     """
     row_cost = weigh_rows(weight, fisher, hessian, config.sparsity.cost)
     order = sweep_order(hessian.diagonal, config.recipe.order)
-    score = (weight.square() / factor.inverse_diagonal())[:, order]
+    unit = unit_of(weight)
+    score = ((weight * unit).square() / factor.inverse_diagonal())[:, order]
     kept = possible_parts(config.sparsity.ratio, config.sparsity.spread)
-    return pruning_costs(score, row_cost, kept, config.sparsity.mask_block_of(weight.shape[1]))
+    block = config.sparsity.mask_block_of(weight.shape[1])
+    costs = pruning_costs(score, row_cost, kept, block)
+    return in_outputs(costs, unit, config.sparsity.cost)
+
+
+def unit_of(weight: Float[Tensor, "rows columns"]) -> float:
+    """Return the power of two that brings the largest of the weights to between ½ and 1."""
+    largest = float(weight.abs().max())
+    return 2.0 ** -max(-120, math.frexp(largest)[1]) if largest > 0 else 1.0
+
+
+def in_outputs(
+    costs: Float64[Tensor, "*shape"], unit: float, cost: Cost
+) -> Float64[Tensor, "*shape"]:
+    """Return costs of scaled weights as those of the weights; relative ones have no unit.
+
+    Raises:
+        NumericalError: one is not finite.
+    """
+    costs = costs if cost is Cost.relative else costs / unit**2
+    if bad := int((~costs.isfinite()).count_nonzero()):
+        raise NumericalError(
+            f"{bad} of {costs.numel()} costs of widths or sparsities are not finite: weights, "
+            "activations or Fisher information are too large"
+        )
+    return costs
 
 
 def read_weight(
@@ -111,7 +143,7 @@ def weigh_rows(
     hessian: Hessian,
     cost: Cost,
 ) -> Float[Tensor, "rows"]:
-    """Return what a squared error of each output costs."""
+    """Return what a squared error of each output costs; relative to the scaled weight's energy."""
     if cost is Cost.fisher:
         if fisher is None:
             raise ValueError("cost=fisher needs Fisher information, which was not measured")
@@ -119,4 +151,5 @@ def weigh_rows(
     ones = weight.new_ones(len(weight))
     if cost is Cost.distortion:
         return ones
-    return ones / (weight @ hessian.matrix * weight).sum().clamp(min=1e-30)
+    scaled = weight * unit_of(weight)
+    return ones / (scaled @ hessian.matrix * scaled).sum().clamp(min=1e-30)

@@ -42,6 +42,7 @@ from mi_experiments.planning.costs import (
     measure_group_costs,
     measure_pruning_costs,
     read_weight,
+    unit_of,
 )
 from mi_experiments.planning.group_count import best_partition
 
@@ -196,8 +197,11 @@ def measure_site_costs(
 
 
 def sum_energy(site: Site) -> Float[Tensor, "columns"]:
-    """Return ‖W_j‖² of each channel, summed over the site's linears."""
-    return torch.stack([linear.read_weight().square().sum(0) for linear in site.linears]).sum(0)
+    """Return ‖W_j‖² of each channel, summed over the site's linears, in one unit for all."""
+    weights = [linear.read_weight() for linear in site.linears]
+    # A power of two, so that no square underflows and the order of channels keeps its bits.
+    unit = min(map(unit_of, weights))
+    return torch.stack([(weight * unit).square().sum(0) for weight in weights]).sum(0)
 
 
 def measure_block_costs(

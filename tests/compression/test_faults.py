@@ -134,7 +134,7 @@ def test_what_the_plan_is_made_from_is_damped_as_the_recipe_says(tokens: torch.T
         (
             {1: "vanished", 4: "skipped"},
             0.2,
-            r"their Hessian .* or weights .*: 1 skipped, 1 vanished, .*recipe.scale_bits=32",
+            r"because their Hessian .* or weights .*: 1 skipped, 1 van.*set recipe.scale_bits=32",
         ),
     ],
 )
@@ -191,10 +191,17 @@ def test_linears_that_are_not_what_was_expected_are_named(
 # --- weights that are too small or too large ---------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)])
-@pytest.mark.parametrize("recipe", ["default", "textbook", "gptq"])
+@pytest.mark.parametrize(
+    ("recipe", "rows"),
+    [
+        ("default", slice(None)),
+        ("textbook", slice(None)),
+        ("textbook", slice(3, 4)),
+        ("gptq", slice(3, 4)),
+    ],
+)
 def test_weights_below_the_scales_are_not_compressed_as_asked(
-    rows: slice, recipe: str, tokens: torch.Tensor
+    recipe: str, rows: slice, tokens: torch.Tensor
 ) -> None:
     """A whole matrix, or one row of it."""
     model, name = build_tiny_model("llama"), "model.layers.1.self_attn.o_proj"

@@ -19,6 +19,7 @@ from mi_experiments.method.sparsegpt import Swept
 from mi_experiments.records.result import read_linears
 
 ORDINARY = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+UNEQUAL = torch.tensor([1.0, 2.0**-22] * 4)
 
 
 def with_row(value: float) -> torch.Tensor:
@@ -34,7 +35,7 @@ def with_row(value: float) -> torch.Tensor:
         (ORDINARY, torch.bfloat16, torch.bfloat16),
         (ORDINARY * 1e6, torch.float16, torch.float16),
         # Of a bfloat16 checkpoint: float16 would round it.
-        (ORDINARY.bfloat16().float() * 2**-12, torch.float32, torch.bfloat16),
+        (ORDINARY.bfloat16().float() * UNEQUAL, torch.float32, torch.bfloat16),
         (with_row(1e5), torch.float32, torch.bfloat16),
         (with_row(1e-6), torch.float32, torch.bfloat16),
         (with_row(1e-30), torch.float32, torch.bfloat16),
@@ -51,7 +52,7 @@ def test_the_type_is_the_models_or_the_one_that_loses_no_row(
 def test_what_is_exact_in_no_16_bits_stays_what_it_is() -> None:
     assert choose_exact(ORDINARY, torch.float32) is torch.float32
     assert choose_exact(ORDINARY.half().float(), torch.float32) is torch.float16
-    assert choose_exact(ORDINARY.bfloat16().float() * 1e9, torch.float32) is torch.bfloat16
+    assert choose_exact(ORDINARY.bfloat16().float() * 2**30, torch.float32) is torch.bfloat16
 
 
 def test_only_unquantized_channels_are_rounded_and_pruned_weights_stay_zero() -> None:
