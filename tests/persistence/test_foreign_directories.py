@@ -62,7 +62,7 @@ def test_a_name_that_leads_out_of_the_directory_is_refused_and_nothing_removed(
 
 
 @pytest.mark.parametrize("change", [
-    lambda c: c["fingerprint"].update(threads=2),
+    lambda c: c["run_identity"].update(threads=2),
     lambda c: c["files"].pop("one"),
     lambda c: c["files"]["one"].update(sha256="0" * 64),
     lambda c: c.update(seal={}),
