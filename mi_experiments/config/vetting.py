@@ -6,6 +6,7 @@ variables, and reads them for whoever asks (`${oc.env:…}`). So everything that
 every config that is read back, passes through here first.
 """
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,10 +68,10 @@ def read_config(path: Path) -> DictConfig:
     try:
         text = path.read_text(encoding="utf-8")
         check_yaml(text, str(path))
-        config = OmegaConf.create(yaml.safe_load(text))
+        config = OmegaConf.load(io.StringIO(text))
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise RefusedConfig(f"{path} is not a config: {first_line(error)}") from error
-    if not isinstance(config, DictConfig):
+    if not (isinstance(config, DictConfig) and config):
         raise RefusedConfig(f"{path} is not a config: it has no keys")
     vet(config)
     return config
