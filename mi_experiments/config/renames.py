@@ -54,7 +54,7 @@ def with_new_names(config: Mapping[str, Any], group: str = "") -> dict[str, Any]
     return renamed
 
 
-def record_with_new_names(record: Mapping[str, Any]) -> dict[str, Any]:
+def record_with_new_names(record: Any) -> dict[str, Any]:
     """Return a record in which every field, and every name in its config, is that of today.
 
     Raises:
