@@ -260,7 +260,8 @@ class SweepState:
         if not self.quadratic_error.isfinite().all():
             if self.carried.isfinite().all():
                 raise NumericalError(
-                    f"the loss of the sweep is beyond {self.quadratic_error.dtype}: the weights are too large"
+                    f"the quadratic error of the sweep is beyond {self.quadratic_error.dtype}: the "
+                    "weights are too large"
                 )
             raise NumericalError(
                 "the sweep diverged: its quadratic error is not finite; raise the damping"
