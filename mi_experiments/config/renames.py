@@ -62,7 +62,7 @@ def record_with_new_names(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
         raise TypeError("there is no config in it")
-    renamed = {FIELDS.get(name, name): value for name, value in record.items()}
+    renamed = {str(FIELDS.get(name, name)): value for name, value in record.items()}
     return renamed | {"config": with_new_names(renamed["config"])}
 
 
