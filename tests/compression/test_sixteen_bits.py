@@ -16,7 +16,7 @@ from mi_experiments.export.packed import read_packed
 from mi_experiments.method.grid import fit_grid
 from mi_experiments.method.sixteen_bits import choose_exact, choose_half, round_to_half
 from mi_experiments.method.sparsegpt import Swept
-from mi_experiments.records.result import read_linears
+from mi_experiments.records.linears import read_linears
 
 ORDINARY = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 UNEQUAL = torch.tensor([1.0, 2.0**-22] * 4)

@@ -180,7 +180,7 @@ NEEDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("overrides", "needs"), NEEDS, ids=str)
+@pytest.mark.parametrize(("overrides", "needs"), NEEDS, ids=lambda words: ",".join(sorted(words)))
 def test_a_config_says_what_its_run_needs(overrides: list[str], needs: set[str]) -> None:
     config = config_of(*overrides)
     names = ("needs_activations", "uses_fisher", "needs_dense_pair", "has_safety_net")

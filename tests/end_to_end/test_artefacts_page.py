@@ -15,8 +15,8 @@ from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity, choose_pruned
 from mi_experiments.records.candidates import Candidate, SafetyNet
+from mi_experiments.records.linears import LINEAR_SCHEMA
 from mi_experiments.records.result import (
-    LINEAR_SCHEMA,
     Bits,
     Evaluation,
     Provenance,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from damage import EXPORTS, Damage, count, damaging
-from test_resume import BLOCKS, LINEARS, TEXTS, artefacts, flip, truncate
+from killed_runs import BLOCKS, LINEARS, TEXTS, artefacts, flip, truncate
 
 from mi_experiments.persistence.seals import open_seal, seal
 from mi_experiments.records.result import read_result

@@ -30,7 +30,9 @@ from killed_runs import (
     artefacts,
     committed,
     contents,
+    flip,
     open_place,
+    truncate,
     work_left,
 )
 
@@ -433,18 +435,6 @@ def restored(place: Place) -> Iterator[None]:
         if path.is_file():
             shutil.copy(path, place.root / path.relative_to(kept))
     shutil.rmtree(kept)
-
-
-def flip(path: Path, share: float = 0.9) -> None:
-    """Change one bit of a file; near its end are data and no header."""
-    content = bytearray(path.read_bytes())
-    content[int(share * len(content))] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    """Lose the end of a file."""
-    path.write_bytes(path.read_bytes()[:-100])
 
 
 def flip_every_line(path: Path) -> None:

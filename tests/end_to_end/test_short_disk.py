@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_experiment import config_of, run
+from small_runs import config_of, run
 
 from mi_experiments.config.config import Config
 from mi_experiments.errors import InputError, ResumableError

@@ -1,16 +1,15 @@
 """A run from end to end: what it records, what it releases, and what a failure leaves."""
 
 import gc
-import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import composed
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import config_of, run
 from transformers import PreTrainedTokenizerFast
 
 from mi_experiments.config.config import Config
@@ -18,46 +17,17 @@ from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.experiment import phases
 from mi_experiments.experiment import run_experiment as running
 from mi_experiments.experiment.dry_run import dry_run
-from mi_experiments.experiment.progress import Progress
-from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.export.packed import read_packed
 from mi_experiments.records.linears import read_linears
-from mi_experiments.records.result import Result, read_result
-from mi_experiments.records.tracking import Tracker
+from mi_experiments.records.result import read_result
 
-
-@pytest.fixture
-def config_of(tiny_directory: Path, tmp_path: Path) -> Callable[..., Config]:
-    """Compose a run on a tiny directory and a text of its own."""
-    text = tmp_path / "text.jsonl"
-    lines = [
-        json.dumps({"text": " ".join(f"{word * (i + 7) % 9973:x}" for word in range(1, 60))})
-        for i in range(40)
-    ]
-    text.write_text("\n".join(lines))
-
-    def build(*overrides: str) -> Config:
-        base = [
-            "model=local", f"model.path={tiny_directory}", "model.seqlen=32", "dataset=text",
-            f"dataset.path={text}", "dataset.nsamples=4", "dataset.batch_size=2",
-            "evaluation.datasets.text.max_windows=4", "tracking=disabled", "n_groups.count=2",
-            "cache=false",
-        ]  # fmt: skip
-        return composed.config_of(*overrides, base=base)
-
-    return build
+__all__ = ["config_of"]
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     """Read all tensors of the files in a folder."""
     files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def run(config: Config, directory: Path) -> Result:
-    directory.mkdir()
-    tracker = Tracker.open(config, directory, sweep_dir=None, job=directory.name)
-    return run_experiment(config, directory, tracker, Progress())
 
 
 def test_what_is_returned_is_what_is_written(

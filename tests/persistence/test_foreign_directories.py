@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.errors import InputError
-from mi_experiments.experiment.directory import claim, log_file
+from mi_experiments.experiment.directory import lock_run, log_file
 from mi_experiments.persistence.atomic import open_plain
 from mi_experiments.persistence.commits import Commits, read_manifest
-from mi_experiments.sweeps.outcomes import hold
+from mi_experiments.sweeps.outcomes import lock_sweep
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,7 +87,7 @@ def test_a_manifest_that_is_nested_too_deep_is_one_line(tmp_path: Path) -> None:
 def hold_run(run_dir: Path) -> None:
     with initialize_config_dir(conf_directory(), version_base="1.3"):
         config = from_hydra(compose("config"))
-    with claim(run_dir, config):
+    with lock_run(run_dir, config):
         pass
 
 
@@ -97,7 +97,7 @@ def write_log(run_dir: Path) -> None:
 
 
 def hold_sweep(run_dir: Path) -> None:
-    with hold(run_dir):
+    with lock_sweep(run_dir):
         pass
 
 
