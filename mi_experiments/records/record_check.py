@@ -193,22 +193,16 @@ def read_manifest_of(directory: Path) -> dict[str, dict[str, Any]]:
     """
     path = directory / MANIFEST
     content = read_json(path)
-    begun: Any = None
-    files: Any = None
-    if isinstance(content, dict):
-        begun, files = content.get("run_identity"), content.get("files")
-    if (
-        not isinstance(content, dict)
-        or not isinstance(begun, dict)
-        or not isinstance(files, dict)
-        or not all(isinstance(begun.get(key, {}), dict) for key in ("versions", "evaluation"))
-        or not isinstance(begun.get("config", {}), dict)
-        or not all(
-            isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
-            for entry in files.values()
-        )
-    ):
+    try:
+        begun, files = dict(content["run_identity"]), dict(content["files"])
+        parts = [begun.get(key, {}) for key in ("config", "versions", "evaluation")]
+        hashes = [entry["sha256"] for entry in files.values()]
+    except (TypeError, KeyError, ValueError) as error:
+        raise BrokenRecord(f"{path} is no manifest of a run") from error
+    if not all(isinstance(part, dict) for part in parts):
         raise BrokenRecord(f"{path} is no manifest of a run")
+    if not all(isinstance(sha256, str) for sha256 in hashes):
+        raise BrokenRecord(f"{path} is no manifest of a run: a file of it has no SHA-256")
     return {"run_identity": begun, "files": files}
 
 

@@ -19,6 +19,7 @@ from mi_experiments.experiment import run_experiment as running
 from mi_experiments.experiment.dry_run import dry_run
 from mi_experiments.export.packed import read_packed
 from mi_experiments.records.linears import read_linears
+from mi_experiments.records.record_check import check_record
 from mi_experiments.records.result import read_result
 
 __all__ = ["config_of"]
@@ -36,6 +37,9 @@ def test_what_is_returned_is_what_is_written(
     result = run(config_of(), tmp_path / "run")
     assert read_result(tmp_path / "run") == result
     assert result.status == "completed"
+    assert result.provenance is not None
+    assert result.provenance.calibration_text_sha256 is not None
+    assert check_record(tmp_path / "run", whole=True) == []
 
 
 def test_nothing_of_a_run_stays_alive(
@@ -117,6 +121,8 @@ def test_the_packed_file_has_the_effective_bits_and_the_same_weights(
     result = run(config_of(*choice, "export=packed", "model.dtype=float32"), tmp_path / "packed")
     assert result.bits == dense.bits
     assert result.bits is not None
+    for export in ("dense", "packed"):
+        assert check_record(tmp_path / export, whole=True) == []
     files = sorted((tmp_path / "packed" / "packed").iterdir())
     assert [path.name for path in files] == ["00000.safetensors", "00001.safetensors"]
     packed = sum(stream.numel() for path in files for stream in load_file(path).values())
