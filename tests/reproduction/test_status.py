@@ -27,7 +27,7 @@ def entry(row: str, verdict: str, **changes: object) -> dict[str, object]:
 
 def test_the_page_shows_what_was_run() -> None:
     """Else: mi-reproduce --status verdicts, and put it there."""
-    assert f"\n\n{status_table(find_tables(ROOT), ROOT, VERDICTS)}\n" in PAGE
+    assert f"\n\n{status_table(find_tables(ROOT), ROOT, VERDICTS).strip()}\n" in PAGE
 
 
 @pytest.mark.parametrize("file", sorted(VERDICTS.glob("*.json")), ids=lambda file: file.stem)
