@@ -49,7 +49,7 @@ class DensePair:
     """A block as it is being compressed, and the same block of the dense model.
 
     Attributes:
-        block: with its present weights, reading what the compressed model gives it.
+        block: the block with its present weights, reading what the compressed model gives it.
         dense: a copy with the dense weights, reading what the dense model gives it.
     """
 
@@ -66,7 +66,7 @@ class DensePair:
         """Copy a block before it is compressed.
 
         Args:
-            block: with its dense weights.
+            block: the block with its dense weights.
             stream: of the dense model, standing before this block; None before the first block,
                 where both models read the same.
         """

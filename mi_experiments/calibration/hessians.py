@@ -116,10 +116,10 @@ def measure_scarce(
     """Measure experts that too few tokens are routed to on all tokens that enter their module.
 
     Args:
-        block: at which the walk stands.
-        hessians: of the sites, on their own tokens.
-        sites: of one pass.
-        config: of the run.
+        block: the block at which the walk stands.
+        hessians: the hessians of the sites, on their own tokens.
+        sites: the sites of one pass.
+        config: the config of the run.
 
     Returns:
         The Hessians of those experts, on all tokens.
@@ -229,7 +229,7 @@ def measure_plan_fisher(
     Args:
         model: the dense model.
         calibration: token ids; the first `wbits.fisher_samples` sequences are read.
-        config: of the run.
+        config: the config of the run.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
         commits: keep the result, and give it back.

@@ -25,8 +25,8 @@ class Measured:
 
     Attributes:
         hessian: of what its linears read; of an expert with too few tokens, on all tokens.
-        drift: from what they read in the dense model; None if that is not measured.
-        tokens: that the site itself read.
+        drift: the drift from what they read in the dense model; None if that is not measured.
+        tokens: the tokens that the site itself read.
         kept: whether its linears stay as they are, because those are too few.
     """
 

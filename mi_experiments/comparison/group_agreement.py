@@ -34,7 +34,7 @@ def agreement_over(
 
     Args:
         frame: rows of `read_runs`; only completed runs count.
-        paths: that they were read from.
+        paths: the paths that they were read from.
         names: settings in which the runs of a pair may differ, and differ in at least one.
         left_out: receives a line for each run whose plan cannot be read; None if that is an error.
 

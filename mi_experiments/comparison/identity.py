@@ -57,7 +57,7 @@ def follows(frame: pd.DataFrame, name: str, varying: Sequence[str]) -> bool:
 
     Args:
         frame: rows of runs.
-        name: of the hash.
+        name: the name of the hash.
         varying: columns in which the runs differ.
     """
     deciding = [other for other in varying if re.fullmatch(FOLLOWS[name], other)]

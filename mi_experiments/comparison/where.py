@@ -56,8 +56,8 @@ class Query:
     """Rewrites a checked syntax tree for pandas: columns by number, literals as variables.
 
     Attributes:
-        columns: of the table, to the name that each has in the rewritten text.
-        values: of the literals, by the same kind of name.
+        columns: the columns of the table, to the name that each has in the rewritten text.
+        values: the values of the literals, by the same kind of name.
     """
 
     def __init__(self, frame: pd.DataFrame) -> None:

@@ -29,12 +29,12 @@ class SiteStatistics:
     """What the linears of one site share.
 
     Attributes:
-        hessian: of what they read.
+        hessian: the hessian of what they read.
         factor: of the damped Hessian; None where all weights are pruned, so that none is needed, or
             where there is none and the recipe says to skip such linears.
         attempts: the dampings that were tried.
-        drift: from what they read in the dense model; None if that is not measured.
-        tokens: that they read.
+        drift: the drift from what they read in the dense model; None if that is not measured.
+        tokens: the tokens that they read.
         kept: whether they stay as they are, because those are too few.
         retries: how often memory was short while they were measured.
     """
@@ -96,9 +96,9 @@ def factorize_site(
     """Factorize a site's Hessian in the order of the sweep, once for all its linears.
 
     Args:
-        measured: at the site.
-        sparsities: of its linears; patterns n:m are the same for all.
-        config: of the run.
+        measured: what was measured at the site.
+        sparsities: the sparsities of its linears; patterns n:m are the same for all.
+        config: the config of the run.
 
     Raises:
         SingularError: it cannot be, and the recipe does not say to skip its linears.

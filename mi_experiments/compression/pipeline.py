@@ -75,7 +75,7 @@ class CompressedLinear:
     Attributes:
         linear: the matrix.
         report: what happened to it.
-        grids: as an export writes them.
+        grids: the grids as an export writes them.
         sparsity: the pattern that it follows.
     """
 
@@ -90,8 +90,8 @@ class CompressedBlock:
     """One block after its sweeps, still holding its weights.
 
     Attributes:
-        index: of the block.
-        linears: in execution order.
+        index: the index of the block.
+        linears: the linears in execution order.
     """
 
     index: int
@@ -116,7 +116,7 @@ def compress_model(
         model: changed in place, linear by linear.
         calibration: token ids.
         plan: groups and widths of every linear.
-        config: of the run.
+        config: the config of the run.
         on_linear: called after each linear, for progress and tracking.
         weights: loads each block when its turn comes and drops it afterwards; None for a model that
             holds all its weights.

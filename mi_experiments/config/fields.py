@@ -22,7 +22,7 @@ class About:
 
     Attributes:
         words: what the field means.
-        unit: of its range.
+        unit: the unit of its range.
         allowed: what is allowed, where its range does not say it.
     """
 

@@ -10,7 +10,7 @@ def narrow(config: Config, fields: Iterable[str]) -> Config:
     """Return a config with some of its fields: to read any other is an AttributeError.
 
     Args:
-        config: of which the parts are copied, so that they can be changed.
+        config: the config of which the parts are copied, so that they can be changed.
         fields: dotted paths; that of a part stands for all its fields.
     """
     narrowed: Config = _take(config, [field.split(".") for field in sorted(fields)])

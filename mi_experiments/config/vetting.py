@@ -116,7 +116,7 @@ def vet(composed: DictConfig, given: Sequence[str] = ()) -> None:
     """Refuse a config that asks for more than data.
 
     Args:
-        composed: by Hydra, with or without its own part, or read from a file.
+        composed: the composed by Hydra, with or without its own part, or read from a file.
         given: overrides of the command line.
 
     Raises:

@@ -133,7 +133,7 @@ def measure_token_divergence(
     """Measure KL(dense ‖ compressed) of the next token after each token, in nats.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         modules: its blocks.
         form: what a block returns.
         dense: what the last block of the dense model returned.

@@ -69,11 +69,11 @@ def measure_perplexity(
     tokens, not over the means of windows; sums are in float64.
 
     Args:
-        model: in evaluation mode, on its device.
+        model: the model in evaluation mode, on its device.
         windows: token ids, at least two a window.
         batch_tokens: tokens in one forward pass, at least one window.
         logits_chunk: tokens whose logits exist at one time.
-        path: of the block list, see `block_list`.
+        path: the path of the block list, see `block_list`.
         weights: loads each block when its turn comes; None for a model that holds all its weights.
         allocate: makes room for hidden states; by default where blocks run.
         wave_tokens: tokens whose hidden states exist at one time, at least one batch: every wave

@@ -49,7 +49,7 @@ from mi_experiments.records.result import Provenance
 from mi_experiments.texts.windows import token_hash
 
 LIBRARIES = ("torch", "transformers", "numpy")
-"""That compute."""
+"""Libraries that compute."""
 
 SETTINGS = ("ATEN_", "CUBLAS_", "CUDNN_", "DNNL_", "KMP_", "MKL_", "NVIDIA_TF32", "OMP_",
             "ONEDNN_", "OPENBLAS_", "TORCH_")  # fmt: skip
@@ -66,7 +66,7 @@ def computed_by(opened: OpenModel, provenance: Provenance, blocks: str | None) -
 
     Args:
         opened: the dense model.
-        provenance: of the run.
+        provenance: the provenance of the run.
         blocks: path of the list of blocks, as configured.
     """
     return {
@@ -113,7 +113,7 @@ def perplexity_key(
     """Return the key of the dense model's perplexity on a text.
 
     Args:
-        computed: of `computed_by`.
+        computed: the value of `computed_by`.
         windows: token ids.
         batch_tokens: tokens in one forward pass.
         logits_chunk: tokens whose logits exist at one time.
@@ -141,10 +141,10 @@ class Entry:
     """An entry that was found, or else the right to write it, which others wait for until `close`.
 
     Attributes:
-        path: of the entry.
+        path: the path of the entry.
         found: its content.
         writable: whether it may be written.
-        lock: that is held.
+        lock: the lock that is held.
     """
 
     path: Path
@@ -164,7 +164,7 @@ class RunCache:
 
     Args:
         config: of the run; with `cache=false` everything is computed, and nothing shared.
-        computed: of `computed_by`.
+        computed: the value of `computed_by`.
         recorder: notes what was read and not computed, and counts shortages of memory.
         say: shows a line.
         check: raises when the job is to stop; called while it waits for another one.
@@ -194,7 +194,7 @@ class RunCache:
         """Return the dense model's perplexity on a text.
 
         Args:
-            name: of the text.
+            name: the name of the text.
             windows: token ids.
             wave_tokens: tokens whose hidden states exist at one time.
             compute: measures it.
@@ -222,7 +222,7 @@ class RunCache:
         """Commit the parts of a plan that are known, and yield what shares those computed since.
 
         Args:
-            commits: of the run.
+            commits: the commits of the run.
             calibration: token ids.
             blocks: number of blocks of the model.
         """

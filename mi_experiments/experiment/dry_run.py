@@ -35,7 +35,7 @@ class SiteOutline:
         shapes: rows × columns of each linear.
         group_sizes: channels in each group.
         effective_bits: everything stored, per weight, if the budget is met exactly.
-        megabytes: of the compressed linears of all these blocks.
+        megabytes: the megabytes of the compressed linears of all these blocks.
     """
 
     blocks: int
@@ -52,7 +52,7 @@ class Outline:
 
     Attributes:
         sites: one entry for all blocks with the same shape.
-        weights: of all linears to be compressed.
+        weights: the weights of all linears to be compressed.
         passes: block passes over the calibration data: to measure and to go on, for the plan if
             it needs activations, and for the sweep of every candidate; twice where the dense model
             runs along.

@@ -39,7 +39,7 @@ def show_or_mend(finished: Result | None, run_dir: Path) -> Result | None:
 
     Args:
         finished: what its record says; None for a run that is not finished.
-        run_dir: of the run.
+        run_dir: the directory of the run.
 
     Raises:
         InputError: its files are what was written, and contradict each other.
@@ -96,8 +96,8 @@ def reopen(commits: Commits, export: Export, blocks: int) -> None:
     """Give a finished run back what it needs to go on; a record that is damaged is set aside.
 
     Args:
-        commits: of the run, whose run_identity agrees.
-        export: of its config.
+        commits: the commits of the run, whose run_identity agrees.
+        export: the export of its config.
         blocks: number of blocks of the model.
     """
     run_dir = commits.run_dir

@@ -45,7 +45,7 @@ def group_room(root: Path = ROOT) -> Iterator[int]:
     """Yield the bytes that each control group of this process, and each above it, has left.
 
     Args:
-        root: of the file system, `/`; another one in tests.
+        root: the root of the file system, `/`; another one in tests.
     """
     groups = [line.split(":", 2) for line in read(root / "proc/self/cgroup").splitlines()]
     for line in read(root / "proc/self/mountinfo").splitlines():

@@ -108,8 +108,8 @@ class MemoryPlan:
     """Where things will live.
 
     Attributes:
-        room: that was planned for.
-        needs: of the run.
+        room: the room that was planned for.
+        needs: the needs of the run.
         activations: where hidden states will be.
         accelerator: bytes that will be used of the accelerator; None where blocks run on the CPU.
         host: bytes that will be used of host memory.
@@ -187,7 +187,7 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
     """Plan the memory of a run on this machine, from the model's config file alone.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         run_dir: receives the records.
 
     Raises:
@@ -230,9 +230,9 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
     """Add up what a run on a model will hold.
 
     Args:
-        model: on the meta device, in the dtype of its checkpoint.
-        blocks: as `describe_blocks` lists them.
-        config: of the run.
+        model: the model on the meta device, in the dtype of its checkpoint.
+        blocks: the blocks as `describe_blocks` lists them.
+        config: the config of the run.
     """
     text = model.config.get_text_config(decoder=True)
     stored = next(model.parameters()).element_size()
@@ -272,7 +272,7 @@ def traffic(block: Block, active: int | None) -> int:
     """Return how many numbers all matrices of a block read and give for one token.
 
     Args:
-        block: on the meta device.
+        block: the block on the meta device.
         active: experts of a 3-D parameter that a token is routed to; None for all of them.
     """
     total = 0
@@ -291,7 +291,7 @@ def find_room(device: str, directory: Path, config: Config) -> Room:
     Args:
         device: where blocks run.
         directory: of the records; compressed blocks that it already holds need no room.
-        config: of the run.
+        config: the config of the run.
     """
     accelerator = None
     if device.startswith("cuda"):
@@ -308,7 +308,7 @@ def free_host_memory(root: Path = ROOT) -> int:
     """Return the bytes that this process can still take: of the host and of its control groups.
 
     Args:
-        root: of the file system, `/`; another one in tests.
+        root: the root of the file system, `/`; another one in tests.
     """
     return min([available_memory(root), *group_room(root)])
 

@@ -38,9 +38,9 @@ class Run:
     """What a run works with.
 
     Attributes:
-        config: of the run.
+        config: the config of the run.
         opened: model, tokenizer, and the original weights by block.
-        texts: for evaluation.
+        texts: the texts for evaluation.
         calibration: token ids.
         held_out: token ids of the same text on which nothing is measured; None without a safety
             net.
@@ -49,8 +49,8 @@ class Run:
         memory: what lives where.
         cache: what other jobs have computed.
         allocate: makes room for hidden states.
-        recorder: of the result.
-        tracker: of the run.
+        recorder: the recorder of the result.
+        tracker: the tracker of the run.
         progress: draws the bars.
         stop: a wish to stop, granted between blocks.
     """
@@ -218,7 +218,7 @@ def compress_blocks(
         plan: groups and widths of every linear.
         stored: receives each block when it is finished.
         record: called for each linear, in order, now or from an earlier process.
-        title: of the bar.
+        title: the title of the bar.
     """
     count = len(run.opened.weights.blocks)
     finished = [block for block in range(count) if stored.find(block)]

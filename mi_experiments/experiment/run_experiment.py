@@ -53,9 +53,9 @@ def run_experiment(
     """Load, plan, compress, evaluate, record; or continue where an earlier process stopped.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         run_dir: existing directory that receives the records.
-        tracker: of this run.
+        tracker: the tracker of this run.
         progress: draws the bars.
         stop: a wish to stop, granted between blocks.
         on_dense: judges the dense model before hours are spent; what it raises ends the run.

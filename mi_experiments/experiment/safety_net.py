@@ -30,7 +30,7 @@ def compress_safely(run: Run, plan: Plan) -> None:
     """Compress twice, and leave the run with the model that is nearer to the dense one.
 
     Args:
-        run: with held-out calibration text.
+        run: the run with held-out calibration text.
         plan: the mixed plan.
 
     Raises:

@@ -56,7 +56,7 @@ def write_settings(
 
     Args:
         settings: content of the first two, by file name.
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         directory: existing.
     """
     tokenizer.save_pretrained(directory)

@@ -45,8 +45,8 @@ class StoredModel:
 
     Attributes:
         weights: read finished blocks from `model/`, all others from the original checkpoint.
-        commits: of the run.
-        config: of the run.
+        commits: the commits of the run.
+        config: the config of the run.
         folder: of a candidate that may not be kept, with a slash; empty for the model of the run.
     """
 

@@ -21,7 +21,7 @@ PROBE_TOKENS = 8
 
 
 PROBE_TOLERANCE = 1e-3
-"""Of the largest logit: far above rounding, far below a missing scale or cap."""
+"""Share of the largest logit: far above rounding, far below a missing scale or cap."""
 
 
 def compute_logits(
@@ -60,10 +60,10 @@ def check_tail(
     """Require that logits depend on the last block's output at their own position, and only on it.
 
     Args:
-        model: in evaluation mode.
+        model: the model in evaluation mode.
         modules: its blocks.
         stream: hidden states to try it on, of any block.
-        positions: of the first sample that are tried.
+        positions: the positions of the first sample that are tried.
 
     Raises:
         InputError: they do not.
@@ -101,7 +101,7 @@ def measure_token_nll(
     """Measure the nats that each token after the first costs given those before it.
 
     Args:
-        model: in evaluation mode; the caller decides about gradients.
+        model: the model in evaluation mode; the caller decides about gradients.
         modules: its blocks.
         form: what a block returns.
         hidden: what the last block returned for the window.

@@ -23,9 +23,9 @@ def find_places(
     """Say of each linear of a loaded block which stored tensors hold it.
 
     Args:
-        weights: of the model.
+        weights: the weights of the model.
         block: which is loaded.
-        linears: of the block.
+        linears: the linears of the block.
 
     Returns:
         By linear, its parts: `tensor`, its name on disk; `expert`, the index in a 3-D tensor, or
@@ -72,9 +72,9 @@ def number(
     """Return, in the place of each stored tensor, which row and column of a linear each number is.
 
     Args:
-        weights: of the model.
+        weights: the weights of the model.
         block: which is loaded.
-        linears: of the block.
+        linears: the linears of the block.
         first: number of the first row of each linear; what belongs to none gets -1.
     """
     owners: dict[str, LinearView] = {}

@@ -135,7 +135,7 @@ class BlockWeights:
 
         Args:
             block: which is loaded.
-            tensors: in the places of its own, by name in the model.
+            tensors: the tensors in the places of its own, by name in the model.
         """
         return self._revert(tensors, self.conversions[block])
 

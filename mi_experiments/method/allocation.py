@@ -109,7 +109,7 @@ def allocate_kept(
         costs: what is lost by each linear for each choice, in any additive unit.
         weights: number of weights of each linear.
         kept: the choices, ascending, from 1.
-        ratio: of all weights, how many are pruned at least.
+        ratio: the ratio of all weights, how many are pruned at least.
 
     Returns:
         128ths that each linear keeps.

@@ -50,7 +50,7 @@ def group_sizes(columns: int, n_groups: int, multiple: int = 32) -> list[int]:
     Args:
         columns: number of channels.
         n_groups: number of groups.
-        multiple: of channels that pack without padding.
+        multiple: the multiple of channels that pack without padding.
 
     Raises:
         ValueError: there are more groups than channels, or none.
@@ -86,13 +86,13 @@ def group_channels(
         grouping: the rule.
         n_groups: number of groups, of the sizes that `group_sizes` gives.
         columns: number of channels.
-        hessian: of the site, for `energy`.
+        hessian: the hessian of the site, for `energy`.
         factor: of the Hessian, for `redundancy` and `sensitivity`; its damping is theirs.
-        information: of every pair of channels in nats, for `mutual_information`.
+        information: the information of every pair of channels in nats, for `mutual_information`.
         weights_energy: ‖W_j‖² of each channel, summed over the linears of the site, for
             `sensitivity`.
-        seed: of `random`, and of the subspace iteration of `mutual_information`.
-        multiple: of the group sizes.
+        seed: the seed of `random`, and of the subspace iteration of `mutual_information`.
+        multiple: the multiple of the group sizes.
 
     Raises:
         ValueError: what the rule needs is not given, or more groups than channels.

@@ -93,7 +93,7 @@ class HessianAccumulator:
         columns: number of channels.
         sample_tokens: the most tokens to keep in the sample.
         device: where the sums live; the CPU by default.
-        dtype: of the sums and of the sample.
+        dtype: the dtype of the sums and of the sample.
         name_token: what messages call a token, given its number in the stream.
     """
 
@@ -210,7 +210,7 @@ class Factor:
         order: the channel at each position of the sweep.
         damping: the fraction of the mean diagonal that was finally added.
         attempts: every damping that was tried; the last is `damping`.
-        power: of a channel's energy in what was added to it.
+        power: the power of a channel's energy in what was added to it.
     """
 
     upper: Float[Tensor, "columns columns"]
@@ -266,10 +266,10 @@ def factorize(
     damping, up to 1. Every attempt is recorded. There is no other fallback.
 
     Args:
-        hessian: of a site, or any symmetric matrix such as its covariance.
+        hessian: the hessian of a site, or any symmetric matrix such as its covariance.
         damping: fraction of the mean diagonal added to the diagonal; with 0 the next attempt
             is 1e-4.
-        power: of a channel's energy in what is added to it, see `damping`.
+        power: the power of a channel's energy in what is added to it, see `damping`.
         order: the channel at each position of the sweep; natural by default.
         escalate: whether more damping than asked for may be tried.
 

@@ -179,7 +179,7 @@ def measure_information(
         hessian: of the site; `gaussian` reads the second moments of all tokens, the other
             estimators its sample.
         estimator: all are corrected for bias, so estimates of nothing scatter around 0.
-        bins: of the binned estimator.
+        bins: the bins of the binned estimator.
     """
     return ESTIMATORS[estimator](hessian, bins)
 
@@ -200,9 +200,9 @@ def noise_floor(
     Args:
         sample: tokens of the site. For `gaussian` too, which otherwise reads all tokens: its true
             floor is lower by the ratio of the two numbers.
-        estimator: to be judged.
+        estimator: the estimator to be judged.
         generator: draws the channels and the shuffles.
-        bins: of the binned estimator.
+        bins: the bins of the binned estimator.
         channels: the most channels to use, drawn among those that are not constant.
 
     Returns:
@@ -257,10 +257,10 @@ def summarize(
     """Return the few numbers of a site that are worth a record.
 
     Args:
-        information: of every pair, from `measure_information`.
-        noise: from `noise_floor` with the same estimator.
-        factor: of the Hessian (or covariance) of the site.
-        estimator: that gave `information`.
+        information: the information of every pair, from `measure_information`.
+        noise: the noise from `noise_floor` with the same estimator.
+        factor: the factor of the Hessian (or covariance) of the site.
+        estimator: the estimator that gave `information`.
     """
     columns = len(information)
     total = information.sum(dtype=torch.float64).item()

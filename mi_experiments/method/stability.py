@@ -33,11 +33,11 @@ def split_half_stability(
         grouping: the rule.
         n_groups: number of groups.
         sample: tokens of the site, in their order.
-        estimator: of mutual information.
-        damping: of the factor; more where that is needed.
-        weights_energy: for `sensitivity`, see `group_channels`.
+        estimator: the estimator of mutual information.
+        damping: the damping of the factor; more where that is needed.
+        weights_energy: the weights energy for `sensitivity`, see `group_channels`.
         seed: the same for both halves.
-        multiple: of the group sizes.
+        multiple: the multiple of the group sizes.
 
     Returns:
         The index; None where there is nothing to compare: a rule that looks at no token, one group,

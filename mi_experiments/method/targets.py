@@ -43,7 +43,7 @@ class DriftAccumulator:
     Args:
         columns: number of channels.
         device: where the sums live.
-        dtype: of the sums.
+        dtype: the dtype of the sums.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ def correct_target(
 
     Args:
         weight: W of the dense model.
-        factor: of the damped Hessian of what the compressed model reads.
-        drift: of the site.
+        factor: the factor of the damped Hessian of what the compressed model reads.
+        drift: the drift of the site.
         input_correction: α, of the correction for changed inputs, 0 to 1.
         residual_correction: ρ, of the correction for the drifted residual stream, 0 to 1.
     """

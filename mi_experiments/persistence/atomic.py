@@ -41,8 +41,8 @@ def save_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping
     """Write tensors as safetensors, as `write_atomically` does; equal content is equal bytes.
 
     Args:
-        path: of the file.
-        tensors: by name.
+        path: the path of the file.
+        tensors: the tensors by name.
         metadata: at most one entry: safetensors writes several in a different order every time.
 
     Raises:
@@ -74,7 +74,7 @@ def place(path: Path, write: Callable[[Path], object], size: int) -> None:
     """Let a file appear whole, or leave everything as it was; its mode is what umask leaves.
 
     Args:
-        path: of the file, in a folder that exists.
+        path: the path of the file, in a folder that exists.
         write: writes it under the name that it is given.
         size: bytes that it will have, about.
 
@@ -107,7 +107,7 @@ def disk_errors(path: Path, done: str = "written") -> Iterator[None]:
     """Say in one line which file the disk refused, and what to do.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         done: what was to be done with it.
 
     Raises:
@@ -140,7 +140,7 @@ def remove_temporaries(folder: Path, *, below: bool = True) -> None:
     """Remove what a process that was killed has left half written in a folder.
 
     Args:
-        folder: that this process alone works in; links in it are not followed.
+        folder: the folder that this process alone works in; links in it are not followed.
         below: whether to look into the folders in it too.
 
     Raises:
@@ -181,8 +181,8 @@ def open_plain(path: Path, mode: str) -> IO[str]:
     """Open a file to write, of this name and nowhere else: no link is followed, no pipe waited for.
 
     Args:
-        path: of the file.
-        mode: as for `open`.
+        path: the path of the file.
+        mode: the mode as for `open`.
 
     Raises:
         InputError: it is a link, or no file, or the disk refuses.
@@ -206,7 +206,7 @@ def free_disk(folder: Path, *own: str) -> int:
     """Return the bytes that are free for a folder, which may not exist yet.
 
     Args:
-        folder: that is to be filled.
+        folder: the folder that is to be filled.
         own: names in it; what they hold already counts as free, since it is not written again.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -218,7 +218,7 @@ def require_disk(folder: Path, size: int, free: int) -> None:
     """Require room for what is to be stored in a folder.
 
     Args:
-        folder: that is to be filled.
+        folder: the folder that is to be filled.
         size: bytes that are to be stored.
         free: bytes that are free for it.
 

@@ -64,7 +64,7 @@ def find_or_compute(path: Path, compute: Callable[[], Content]) -> Content:
     A cache that cannot be written is a warning: the value does not depend on it.
 
     Args:
-        path: of the entry.
+        path: the path of the entry.
         compute: gives its content.
     """
     if (found := read_entry(path)) is not None:
@@ -144,7 +144,7 @@ def locked(
     """Hold the lock of an entry, waiting for it; give False where there is no place for a lock.
 
     Args:
-        path: of the entry.
+        path: the path of the entry.
         on_wait: called once if another job holds it.
         check: called now and then while waiting; may raise to give up.
 

@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 Content = bytes | tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""Of a file: bytes, or tensors and metadata of a safetensors file."""
+"""Content of a file: bytes, or tensors and metadata of a safetensors file."""
 
 
 class Commits:
     """The finished parts of one run.
 
     Args:
-        run_dir: of the run; held by this process alone.
+        run_dir: the directory of the run; held by this process alone.
         run_identity: everything that the numbers depend on, as JSON-ready values.
         own: names in the run directory that only commits may have.
 
@@ -91,7 +91,7 @@ class Commits:
         """Let files appear, and count, all at once.
 
         Args:
-            files: by path below the run directory.
+            files: the files by path below the run directory.
 
         Raises:
             ResumableError: the disk is full; earlier commits are as they were.
@@ -103,7 +103,7 @@ class Commits:
         """Let files appear that do not count yet; `adopt` ends what this begins.
 
         Args:
-            files: by path below the run directory.
+            files: the files by path below the run directory.
 
         Raises:
             ResumableError: the disk is full; earlier commits are as they were.
@@ -207,7 +207,7 @@ def refuse_changes(run_dir: Path, begun: Mapping[str, Any], now: Mapping[str, An
     """Require that a run goes on as it was begun.
 
     Args:
-        run_dir: of the run.
+        run_dir: the directory of the run.
         begun: everything that its numbers depend on.
         now: what is known of that now.
 

@@ -17,7 +17,7 @@ def hold(path: Path, refusal: Callable[[str], str]) -> Iterator[None]:
     """Have a lock for as long as this process lives at most; its forked children do not have it.
 
     Args:
-        path: of the lock, a file that is left in its place; no link is followed.
+        path: the path of the lock, a file that is left in its place; no link is followed.
         refusal: the line for the person, from who has it.
 
     Raises:

@@ -55,7 +55,7 @@ def parse_json(text: str, path: Path) -> Any:
     """Return the value of a JSON text.
 
     Args:
-        text: to be parsed.
+        text: the text to be parsed.
         path: where it is from, for the message.
 
     Raises:

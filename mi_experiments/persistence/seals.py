@@ -16,7 +16,7 @@ def seal(content: Mapping[str, Any], files: Mapping[str, str] | None = None) -> 
     """Return a JSON-ready value with its seal.
 
     Args:
-        content: to be sealed.
+        content: the content to be sealed.
         files: SHA-256 of files beside it, by name, that are to be what they are now.
     """
     entries = dict(files or {})

@@ -25,7 +25,7 @@ GROUPING_FIELDS = (
     "wbits.allocation",
     "sparsity.scope",
 )
-"""Of the groups and the information of each site."""
+"""Fields that the groups and the information of a site depend on."""
 
 PRUNING_FIELDS = (
     "recipe.dead_channels",
@@ -36,7 +36,7 @@ PRUNING_FIELDS = (
     "sparsity.m",
     "sparsity.spread",
 )
-"""Of what pruning costs, besides."""
+"""Fields that the costs of pruning depend on, besides."""
 
 COST_FIELDS = (
     "recipe.clip_search",
@@ -50,7 +50,7 @@ COST_FIELDS = (
     "wbits.group_size",
     "wbits.widths",
 )
-"""Of what every width costs, besides; the budget itself is not among them."""
+"""Fields that the costs of widths depend on, besides; the budget itself is not among them."""
 
 ALL_WIDTHS = tuple(range(2, 9))
 """Measured whatever the budget, so that jobs that differ in it alone share their site costs."""

@@ -33,12 +33,12 @@ def best_partition(
     points take, and that codes must do without, stands against `log_cost`.
 
     Args:
-        site: of which all linears count, by their weights.
+        site: the site of which all linears count, by their weights.
         partitions: group of each channel.
         fisher: Fisher information about each output, by linear.
-        hessian: of the site.
-        factor: of the Hessian.
-        config: of the run.
+        hessian: the hessian of the site.
+        factor: the factor of the Hessian.
+        config: the config of the run.
     """
 
     def score(channel_group: Int32[Tensor, "columns"]) -> float:
@@ -69,7 +69,7 @@ def log_cost(costs: Float64[Tensor, "groups"], sizes: Int[Tensor, "groups"]) -> 
     Where nothing is lost it is 0, whatever the groups.
 
     Args:
-        costs: of the groups at equal widths.
+        costs: the costs of the groups at equal widths.
         sizes: number of weights in each group.
     """
     mean = costs.sum() / sizes.sum()

@@ -70,9 +70,9 @@ class Plan:
     """What every linear gets.
 
     Attributes:
-        linears: by name, in the order of the model.
-        information: by site, where it was measured.
-        sparsity: of the model: what was asked for.
+        linears: the linears by name, in the order of the model.
+        information: the information by site, where it was measured.
+        sparsity: the sparsity of the model: what was asked for.
         requested: average bits asked for.
     """
 
@@ -143,7 +143,7 @@ def plan_compression(
     Args:
         model: the dense model; not changed.
         calibration: token ids.
-        config: of the run.
+        config: the config of the run.
         on_block: called with the name of each block when its costs are measured, and before that
             when `measure_plan_fisher` passes it; see `count_steps`.
         weights: loads each block when its turn comes; None for a model that holds all its weights.

@@ -52,7 +52,7 @@ class LinearCosts:
     """A linear whose groups are known and whose widths and sparsity are still to be chosen.
 
     Attributes:
-        name: of the linear.
+        name: the name of the linear.
         block: index of its block.
         site: name of its site.
         rows: output dimension.
@@ -75,8 +75,8 @@ class BlockCosts:
     """The costs of one block.
 
     Attributes:
-        linears: in execution order.
-        information: by site, where it was measured.
+        linears: the linears in execution order.
+        information: the information by site, where it was measured.
     """
 
     linears: list[LinearCosts]

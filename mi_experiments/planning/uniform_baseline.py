@@ -27,7 +27,7 @@ def uniform_alternative(plan: Plan, config: Config) -> Plan:
 
     Args:
         plan: mixed.
-        config: of the run.
+        config: the config of the run.
 
     Returns:
         A plan with the same linears, sparsity and requested average.

@@ -11,8 +11,8 @@ class Candidate:
 
     Attributes:
         kl: mean KL(dense ‖ compressed) of the next token on held-out calibration text, nats.
-        standard_error: of `kl`, over sequences, nats.
-        average_bits: of the codes.
+        standard_error: the standard error of `kl`, over sequences, nats.
+        average_bits: the average bits of the codes.
         effective_bits: everything stored, per weight.
     """
 
@@ -28,9 +28,9 @@ class SafetyNet:
 
     Attributes:
         kept: name of the candidate that is evaluated, recorded and exported.
-        candidates: by name: `mixed` and `uniform`.
-        tokens: of the held-out text.
-        sequences: of it.
+        candidates: the candidates by name: `mixed` and `uniform`.
+        tokens: the tokens of the held-out text.
+        sequences: the sequences of it.
         tokens_sha256: content hash of it.
     """
 

@@ -47,9 +47,9 @@ def measure_provenance(
     """Collect the provenance of a run whose model and calibration tokens are loaded.
 
     Args:
-        config: of the run.
-        source: of the model.
-        model: that was loaded.
+        config: the config of the run.
+        source: the source of the model.
+        model: the model that was loaded.
         calibration: token ids.
         calibration_bos: whether a beginning token was put before each document.
         untied: weights that the config ties to others and that are stored with other values.
@@ -114,8 +114,8 @@ def run_identity(
     """Return everything that the numbers of a run depend on, for its manifest.
 
     Args:
-        config: of the run.
-        provenance: of the run.
+        config: the config of the run.
+        provenance: the provenance of the run.
         texts: content hash of each evaluation text, by name.
     """
     return {

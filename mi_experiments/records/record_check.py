@@ -40,7 +40,7 @@ def check_record(directory: Path, *, whole: bool = False) -> list[str]:
     """Say in what the files of a run contradict each other, or what they are.
 
     Args:
-        directory: of the run.
+        directory: the directory of the run.
         whole: ask also for the files of a completed run by which the others are checked, and for
             the hash of its compressed blocks.
 

@@ -26,8 +26,8 @@ def read_as(kind: type, path: Path, rename: Callable[[Any], Any]) -> Any:
     """Return the value of a frozen dataclass that a JSON file holds.
 
     Args:
-        kind: of the dataclass.
-        path: of the file.
+        kind: the kind of the dataclass.
+        path: the path of the file.
         rename: gives what is in the file its names of today.
 
     Raises:

@@ -32,7 +32,7 @@ class Evaluation:
         seqlen: tokens in a window, at most.
         nll: mean negative log-likelihood per predicted token, nats.
         perplexity: exp(nll).
-        standard_error: of `nll`, over windows, nats; None for one window.
+        standard_error: the standard error of `nll`, over windows, nats; None for one window.
         tokens: predicted tokens.
         count: windows.
         dropped_tokens: tokens at the end that filled no window.
@@ -61,14 +61,14 @@ class Provenance:
 
     Attributes:
         numerics_version: raised whenever a change may move a number.
-        versions: of Python and the libraries that compute.
+        versions: the versions of Python and the libraries that compute.
         commit: of the checkout, with `+` where it had local changes; None without a checkout.
         command: the command line.
         started: UTC time, ISO 8601.
         platform: operating system, processor, and the vector instructions that are used of it.
         device: what the model ran on.
-        threads: of the CPU mathematics.
-        seeds: by purpose.
+        threads: the threads of the CPU mathematics.
+        seeds: the seeds by purpose.
         model_files: SHA-256 of each file of the model.
         model_revision: commit that a hub id resolved to; None for a directory.
         calibration_sha256: content hash of the calibration tokens.
@@ -80,7 +80,7 @@ class Provenance:
             were kept apart.
         calibration_documents: documents that calibration may draw from and `calibration_left_out`;
             None where it reads no file, and in records without it, as are the next three.
-        calibration_duplicates: of these, how many repeat an earlier one.
+        calibration_duplicates: the calibration duplicates of these, how many repeat an earlier one.
         calibration_shared: how many, passages of running text too, evaluation has as well.
         calibration_left_out: how many of those are not drawn from: all, or none if published.
         calibration_text_sha256: content hash of the files that calibration draws from, whatever it
@@ -134,7 +134,7 @@ class Result:
         weights: number of weights of the compressed linears.
         coverage: compressed share of all block weights of two or more dimensions.
         memory: peak bytes of host and accelerator.
-        seconds: by phase, over all the times that the run was continued.
+        seconds: the seconds by phase, over all the times that the run was continued.
         resumed: how many times it was.
         statuses: number of linears by status.
         dropped: calibration samples that were left out, and in what they were not finite; messages
@@ -144,8 +144,8 @@ class Result:
             the seconds of that phase are those of reading, and of waiting for that job.
         stability: mean of that of the linears, by their weights; None where none has one.
         safety_net: what it compared and kept; None without one.
-        compressed_sha256: of all compressed blocks; None until there are all.
-        seal: of the file, see `seals`; empty in records without one.
+        compressed_sha256: the compressed sha256 of all compressed blocks; None until there are all.
+        seal: the seal of the file, see `seals`; empty in records without one.
     """
 
     status: str

@@ -36,7 +36,7 @@ CALL_SECONDS = 30.0
 """Longest wait for the client to take a record, to look for a key, or to shut down."""
 
 CLIENT_THREADS = ("ChkStopThr", "IntMsgThr", "NetStatThr")
-"""Of the client, which fail with a page of text each when its service is shut down before them."""
+"""Threads of the client; each fails with a page of text if its service is shut down before it."""
 
 Outcome = tuple[Any, str | None]
 """What the client returned and None; or None and in one line why it returned nothing."""
@@ -72,8 +72,8 @@ class Tracker:
         """Start the records of a run, online if asked and possible, else offline.
 
         Args:
-            config: of the run; what it sends is scrubbed of secrets.
-            run_dir: of the run.
+            config: the config of the run; what it sends is scrubbed of secrets.
+            run_dir: the directory of the run.
             sweep_dir: of its multirun, whose runs share one folder; None for a single run.
             job: name of the run.
         """

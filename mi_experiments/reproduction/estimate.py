@@ -29,7 +29,7 @@ class Work:
         forward: flop of forward and backward passes through the blocks.
         hessians: flop of Hessians, in half precision.
         sweeps: flop of factors, sweeps and refinement, in float32.
-        columns: of all linears, once for every sweep or round that goes through them.
+        columns: the columns of all linears, once for every sweep or round that goes through them.
         read: bytes of weights, on every pass over the model.
     """
 
@@ -58,9 +58,9 @@ def count_work(outline: Outline, config: Config, rates: Rates) -> Work:
     c³ / 3; a sweep r c²; a round of refinement 4 r c²; a forward pass 2 for each weight and token.
 
     Args:
-        outline: of the run.
-        config: of the run.
-        rates: for the windows of a text that is read to its end.
+        outline: the outline of the run.
+        config: the config of the run.
+        rates: the rates for the windows of a text that is read to its end.
     """
     recipe = config.recipe
     tokens = config.dataset.nsamples * config.dataset.seqlen

@@ -29,13 +29,13 @@ class Job:
     """One run of a plan.
 
     Attributes:
-        row: of the table.
+        row: the row of the table.
         run_dir: where it is recorded; rows that are the same run share it.
         model: path and revision.
         texts: the corpora that it reads.
         downloads: bytes of the model and of every file of the texts, by name; 0 where it is on this
             machine, None where the size is not known.
-        memory: of an accelerator of 80 GiB, or why that is not known.
+        memory: the memory of an accelerator of 80 GiB, or why that is not known.
         hours: estimated; None where the shapes of the model are not known.
     """
 

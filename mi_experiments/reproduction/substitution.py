@@ -29,7 +29,7 @@ def substitute(models: Path, name: str) -> list[str]:
 
     Args:
         models: its directory, or a folder of directories with the names in `conf/model/`.
-        name: of the row's model.
+        name: the name of the row's model.
 
     Raises:
         InputError: there is no model.
@@ -53,7 +53,7 @@ def shorten(config: Config, limits: Mapping[str, int]) -> list[str]:
     """Return the overrides that make the texts of a row short; nothing gets longer.
 
     Args:
-        config: of the row.
+        config: the config of the row.
         limits: `conf/rehearsal.yaml`.
     """
     overrides = [
@@ -74,9 +74,9 @@ def other_model(asked: ModelConfig, ran: Mapping[str, Any], shapes: Shapes) -> s
     """Say why the model of a run is not that of the row; nothing if there is no sign of that.
 
     Args:
-        asked: of the row.
+        asked: the asked of the row.
         ran: the part `model` of what the run was asked.
-        shapes: of the models that are known.
+        shapes: the shapes of the models that are known.
     """
     if ran["name"] != asked.name:
         return f"run on {ran['path']}, not on {asked.path}"
@@ -105,10 +105,10 @@ def unproved(
     the row and not against some other model.
 
     Args:
-        asked: of the row.
+        asked: the asked of the row.
         ran: the part `model` of what the run was asked.
-        judgements: of the run.
-        shapes: of the models that are known.
+        judgements: the judgements of the run.
+        shapes: the shapes of the models that are known.
     """
     dense = {j.verdict for j in judgements if j.phase == "dense" and j.expected is not None}
     shown = PASS in dense or (FAIL in dense and shows_shape(asked, ran, shapes))

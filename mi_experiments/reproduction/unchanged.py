@@ -19,7 +19,7 @@ def changed_since(config: Config, finished: Result, run_dir: Path) -> tuple[list
     """Say in what a finished run would read something else now, or that this is not known.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         finished: its record.
         run_dir: where that is.
 

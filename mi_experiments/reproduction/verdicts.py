@@ -39,15 +39,15 @@ class Judgement:
     """One number against what was expected.
 
     Attributes:
-        row: of the table.
+        row: the row of the table.
         phase: dense or compressed.
-        text: of the evaluation.
+        text: the text of the evaluation.
         expected: perplexity; None where no source has one.
         ours: perplexity; None where it was not measured.
-        tolerance: in perplexity.
+        tolerance: the tolerance in perplexity.
         verdict: PASS, FAIL, NOT RUN, or NO VERDICT where there is nothing to hold it to.
         why: diagnosis or reason.
-        source: of the expected value.
+        source: the source of the expected value.
         mismatch: versions, hardware, numerics and bits in which the run is not the pinned one,
             whatever the verdict.
     """
@@ -77,11 +77,11 @@ def judge(
     """Judge every text that is expected or was measured, dense first.
 
     Args:
-        row: of the table.
+        row: the row of the table.
         model: name by which signatures know it.
-        expected: of the row.
-        result: of its run; None if there is none.
-        changes: in what the run is not the row's.
+        expected: the expected of the row.
+        result: the result of its run; None if there is none.
+        changes: the changes in what the run is not the row's.
         signatures: known wrong numbers.
         note: why there is no number, or what is not known of a run that is complete.
         contradictions: what its files say against each other: then no number of it passes.
@@ -139,7 +139,7 @@ def of_same_bits(expected: ExpectedConfig, *, compressed: bool) -> ExpectedConfi
     """Return what is expected of the very same weights: no more than kernels may move.
 
     Args:
-        expected: of a pinned row, whose model and tokens are the run's.
+        expected: the expected of a pinned row, whose model and tokens are the run's.
         compressed: whether the compressed blocks are the pinned ones, too.
     """
 

@@ -47,7 +47,7 @@ class Job:
         swept: its value of each swept key, as on the command line, without secrets.
         overrides: all that Hydra needs to compose it.
         config: what it asks for, as plain values.
-        export: of its config.
+        export: the export of its config.
         refusal: why it cannot run, in one line; None if it can.
     """
 
@@ -175,7 +175,7 @@ class JobComposer:
         """Compose one job, without Hydra's own config.
 
         Args:
-            overrides: of the job, by key.
+            overrides: the overrides of the job, by key.
 
         Raises:
             HydraException: there is no such file, or no such key.
@@ -205,8 +205,8 @@ def compose_job(
     """Compose one job, and check what it asks for.
 
     Args:
-        composer: of the sweep.
-        overrides: of the job, by key.
+        composer: the composer of the sweep.
+        overrides: the overrides of the job, by key.
         swept: its values.
         taken: directories that are there, by the hash at their end.
     """

@@ -74,7 +74,7 @@ def read_outcome(before: Outcome, sweep_dir: Path, seen: int | None, end: JobEnd
     """Return what became of a job, from its record and from what its process said.
 
     Args:
-        before: of the job when it was launched.
+        before: the before of the job when it was launched.
         sweep_dir: holds its run directory.
         seen: the version of its record then (`record_version`).
         end: what its process said; None if it could say nothing.
@@ -183,8 +183,8 @@ class Experience:
     Attributes:
         model: name and path of its model.
         tokens: calibration tokens that were asked for.
-        seconds: of all phases.
-        bytes: of its directory.
+        seconds: the seconds of all phases.
+        bytes: the bytes of its directory.
         place: where it was found.
     """
 
@@ -200,8 +200,8 @@ class Estimate:
     """What jobs are likely to take, one after another.
 
     Attributes:
-        seconds: of all jobs.
-        bytes: that they will leave.
+        seconds: the seconds of all jobs.
+        bytes: the bytes that they will leave.
         basis: the runs that say so.
     """
 

@@ -36,7 +36,7 @@ def run_sweep(
     """Do the sweep that a command line asks for; returns None if it asks for none.
 
     Args:
-        arguments: of the command line.
+        arguments: the arguments of the command line.
         conf: the folder of configs.
         task: does one job; it returns its failure, and never raises it.
         stop: a wish to stop, granted between blocks and between jobs.

@@ -26,12 +26,12 @@ def print_plan(
     """Print what a sweep will do.
 
     Args:
-        directory: of the sweep.
+        directory: the directory of the sweep.
         axes: values of each swept key.
-        outcomes: of all jobs, as they are now.
+        outcomes: the outcomes of all jobs, as they are now.
         alike: combinations that are the same job as another one.
         expected: what is to be done is likely to take; None if nothing is known.
-        console: to print on.
+        console: the console to print on.
     """
     counts = {status: 0 for status in ("skipped", "not run", "failed")}
     for outcome in outcomes:

@@ -56,7 +56,7 @@ def read_column(path: Path, ending: str, text_field: str) -> Column:
     """Return one column of a file of rows, memory-mapped.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         ending: one of `READERS`.
         text_field: name of the column.
 

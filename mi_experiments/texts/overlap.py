@@ -160,7 +160,7 @@ class Chosen(Sequence[str]):
     Args:
         documents: the text.
         places: indices of those that are chosen.
-        changed: by index, what stands in the place of a document.
+        changed: the changed by index, what stands in the place of a document.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class _Known:
         """Return a document if it is known, or the passages that are known if it is running text.
 
         Args:
-            index: of the document.
+            index: the index of the document.
             mark: its fingerprint.
             documents: the text.
             running: whether that is running text.

@@ -34,11 +34,11 @@ def calibration_tokens(
     `published`: see `draw_published`.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         documents: texts; a single one is running text.
         nsamples: how many sequences.
         seqlen: tokens in each.
-        seed: of the draw.
+        seed: the seed of the draw.
         sampling: how they are drawn.
         allow_fewer: where the text does not suffice, return the sequences that there are.
         add_bos: whether a document begins with the beginning token.
@@ -76,12 +76,12 @@ def held_out_tokens(
     read, nothing is taken.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         documents: the same texts.
         count: how many sequences.
         nsamples: how many calibration has drawn.
         seqlen: tokens in each.
-        seed: of the calibration draw.
+        seed: the seed of the calibration draw.
         sampling: how calibration has drawn.
         add_bos: whether a document begins with the beginning token.
 

@@ -40,7 +40,7 @@ class EvaluationText:
     """One evaluation text, cut.
 
     Attributes:
-        name: of the text in the config.
+        name: the name of the text in the config.
         cut: `joined`, `documents` or `sampled`.
         seqlen: tokens in a window, at most.
         windows: token ids of each window.
@@ -65,14 +65,14 @@ class Source:
     """A text that was found, and not read yet.
 
     Attributes:
-        files: that hold its rows, in order.
+        files: the files that hold its rows, in order.
         text_field: the field or column of a row that holds the text.
         first_rows: how many rows are taken; None for all.
         separator: joins the rows to one document; None where each is a document of its own.
         holdout: the last share of the documents, which only the evaluation reads; None where the
             text serves for one purpose.
         purpose: calibration or evaluation.
-        left_out: of the documents, those and the parts that are not read.
+        left_out: the documents, and the parts of them, that are not read.
     """
 
     files: tuple[Path, ...]

@@ -32,7 +32,7 @@ def cache_key(
     Args:
         tokenizer: hashed as the files that it saves.
         files: that the text is read from, hashed by content; their names and places do not count.
-        parameters: of reading and cutting; anything that is JSON, and enums.
+        parameters: the parameters of reading and cutting; anything that is JSON, and enums.
     """
     parts = {
         "format": FORMAT,
@@ -60,7 +60,7 @@ def cached(key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
     """Return the tensors under a key, computed once by whoever asks first.
 
     Args:
-        key: of `cache_key`.
+        key: the key of `cache_key`.
         compute: gives the tensors.
     """
     path = cache_directory() / f"{key}.safetensors"

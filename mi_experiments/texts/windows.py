@@ -60,12 +60,12 @@ def draw_published(
     of each repository that loads the data.)
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         documents: texts; a single one is running text.
         bos: whether a document begins with the beginning token.
         count: windows to draw.
         seqlen: tokens in a window.
-        seed: of the generator.
+        seed: the seed of the generator.
 
     Raises:
         InputError: no document is longer than seqlen.
@@ -143,7 +143,7 @@ def evaluation_windows(
     r"""Cut evaluation text into windows, which do not overlap unless they are drawn.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the tokenizer of the model.
         documents: rows of the text, in order.
         windows: `joined`: the documents joined with the separator, tokenized once, cut at every
             seqlen tokens, the tail dropped (the protocol of arXiv:2210.17323 and 2301.00774: one
@@ -153,7 +153,7 @@ def evaluation_windows(
         separator: what `joined` puts between documents: "\n\n" for WikiText-2.
         seqlen: tokens in a window, at most; at least 2.
         max_windows: take only the first ones; None for all. How many are drawn, if sampled.
-        seed: of windows that are drawn.
+        seed: the seed of windows that are drawn.
         add_bos: whether a text begins with the beginning token.
 
     Raises:

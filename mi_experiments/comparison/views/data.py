@@ -91,7 +91,7 @@ class Comparison:
         columns: what a table of `runs` shows.
         mean_columns: what a table of `means` shows.
         colour: the setting that tells points apart; None if the runs differ in nothing.
-        details: by run.
+        details: the details by run.
         command: the command line that shows the same again.
     """
 
@@ -126,7 +126,7 @@ def gather_details(
     """Read the records of some runs below the paths, with the linears of those that have them.
 
     Args:
-        paths: that the runs were read from.
+        paths: the paths that the runs were read from.
         runs: their names.
         left_out: receives a line for each run whose linears cannot be read, which then has none;
             None if that is an error.
