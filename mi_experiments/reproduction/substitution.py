@@ -74,7 +74,7 @@ def other_model(asked: ModelConfig, ran: Mapping[str, Any], shapes: Shapes) -> s
     """Say why the model of a run is not that of the row; nothing if there is no sign of that.
 
     Args:
-        asked: the asked of the row.
+        asked: the config of the row.
         ran: the part `model` of what the run was asked.
         shapes: the shapes of the models that are known.
     """
@@ -105,7 +105,7 @@ def unproved(
     the row and not against some other model.
 
     Args:
-        asked: the asked of the row.
+        asked: the config of the row.
         ran: the part `model` of what the run was asked.
         judgements: the judgements of the run.
         shapes: the shapes of the models that are known.
