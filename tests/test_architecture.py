@@ -25,7 +25,7 @@ MAY_WRITE = {
     # Into a temporary folder, to be hashed.
     "texts/token_cache.py": {"save_pretrained"},
     # Who has a lock, into the lock.
-    "persistence/locks.py": {"write_text"},
+    "persistence/locks.py": {"open_plain"},
     # Memory that the system may write out; the file has no name while it is used.
     "llm/activations.py": {"from_file"},
     # The log, which only grows.

@@ -4,12 +4,13 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mi_experiments.errors import InputError
+from mi_experiments.errors import InputError, MiError
+from mi_experiments.persistence.atomic import open_plain
 
 
 @contextmanager
@@ -21,18 +22,22 @@ def hold(path: Path, refusal: Callable[[str], str]) -> Iterator[None]:
         refusal: the line for the person, from who has it.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process has it, or what is there is a link, or no file.
+        ResumableError: the disk is full.
     """
+    open_plain(path, "a").close()  # refuses what is no file of this name and nowhere else
     lock = FileLock(path, fallback_to_soft=False, thread_local=False)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         raise InputError(refusal(read_holder(path))) from None
     try:
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with open_plain(path, "w") as file:
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        path.write_text("")
+        with suppress(OSError, MiError):
+            open_plain(path, "w").close()
         lock.release()
 
 
