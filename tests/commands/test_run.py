@@ -61,23 +61,25 @@ def test_two_runs_are_identical(mi_run: Callable[..., Ended], local: list[str]) 
     assert left == right
 
 
-def test_one_file_for_both_is_split(
+def test_one_file_for_both_is_split_whatever_its_copy_is_called(
     mi_run: Callable[..., Ended], local: list[str], text: Path
 ) -> None:
-    other = text.with_name("other.jsonl")
-    other.write_bytes(text.read_bytes())
-    assert mi_run(*local, "sparsity=dense", "wbits=unquantized").code == 0
-    separate = [*local, f"evaluation.datasets.text.path={other}"]
-    assert mi_run(*separate, "sparsity=dense", "wbits=unquantized").code == 0
-    by_text = {
-        result.config["evaluation"]["datasets"]["text"]["path"]: result
-        for result in map(read_result, run_directories(Path("outputs")))
-    }
-    shared, whole = by_text[str(text)], by_text[str(other)]
-    assert shared.provenance is not None
-    assert whole.provenance is not None
-    assert shared.provenance.calibration_sha256 != whole.provenance.calibration_sha256
-    assert shared.dense["text"].tokens_sha256 != whole.dense["text"].tokens_sha256
+    copy, other = text.with_name("copy.jsonl"), text.with_name("other.jsonl")
+    copy.write_bytes(text.read_bytes())
+    other.write_bytes(text.read_bytes().replace(b" ", b"  .  "))
+    paths = {"same": text, "copy": copy, "other": other}
+    found = {}
+    for name, path in paths.items():
+        arguments = [*local, f"evaluation.datasets.text.path={path}", f"hydra.run.dir={name}"]
+        assert mi_run(*arguments, "sparsity=dense", "wbits=unquantized").code == 0
+        result = read_result(Path(name))
+        assert result.provenance is not None
+        tokens = result.dense["text"].tokens_sha256
+        found[name] = (result.provenance.calibration_sha256, tokens)
+    assert found["same"] == found["copy"]
+    # All of another text is evaluated, and all of the file may be calibrated on.
+    assert found["same"][0] != found["other"][0]
+    assert found["same"][1] != found["other"][1]
 
 
 def test_nothing_asked_changes_nothing(

@@ -64,7 +64,7 @@ def test_prices_are_those_of_a_plain_loop(
             for column in range(COLUMNS):
                 if pruned is None or not pruned[row, column]:
                     cost = float(felt[row]) * float(error[row, column]) ** 2 / inverse[column]
-                    expected[int(group[column]), place] += cost
+                    expected[int(group[column]), place] += lost
     if cost == "relative":
         expected /= float((weight @ hessian.matrix * weight).sum())
     assert torch.allclose(costs.costs, expected, rtol=1e-4)

@@ -10,6 +10,7 @@ from composed import config_of
 from mi_experiments.llm.loading import ModelSource
 from mi_experiments.records import provenance
 from mi_experiments.records.provenance import checkout_commit, measure_provenance, scrub_argument
+from mi_experiments.texts.overlap import Overlap
 from mi_experiments.texts.windows import token_hash
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -57,3 +58,10 @@ def test_what_the_calibration_was_is_recorded(tiny_directory: Path) -> None:
     )
     assert (found.calibration_samples, found.calibration_bos) == (3, True)
     assert found.calibration_sha256 == token_hash(calibration)
+    assert (found.calibration_documents, found.calibration_left_out) == (None, None)
+    found = measure_provenance(
+        config, ModelSource(tiny_directory, None), torch.nn.Linear(1, 1), calibration, True,
+        overlap=Overlap(7, 2, ((3, 0, 5),)), left_out=1,
+    )  # fmt: skip
+    assert (found.calibration_documents, found.calibration_duplicates) == (7, 2)
+    assert (found.calibration_shared, found.calibration_left_out) == (1, 1)
