@@ -66,7 +66,7 @@ def test_one_file_for_both_is_split_whatever_its_copy_is_called(
 ) -> None:
     copy, other = text.with_name("copy.jsonl"), text.with_name("other.jsonl")
     copy.write_bytes(text.read_bytes())
-    other.write_bytes(text.read_bytes().replace(b" ", b"  .  "))
+    other.write_bytes(text.read_bytes().replace(b'"text": "', b'"text": "another '))
     paths = {"same": text, "copy": copy, "other": other}
     found = {}
     for name, path in paths.items():

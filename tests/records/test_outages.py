@@ -20,7 +20,7 @@ from mi_experiments.records import tracking
 from mi_experiments.records.result import Result, read_result
 
 CALL_SECONDS = 8
-PATIENCE = f"from mi_experiments import tracking; tracking.CALL_SECONDS = {CALL_SECONDS}"
+PATIENCE = f"from mi_experiments.records import tracking; tracking.CALL_SECONDS = {CALL_SECONDS}"
 COMMAND = [
     "dataset.nsamples=4", "evaluation.datasets.embedded.max_windows=4", "n_groups.count=2",
     "recipe=textbook", "tracking.init_timeout=2", "tracking.finish_timeout=3", "hydra.run.dir=run",
