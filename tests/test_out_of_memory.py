@@ -224,7 +224,9 @@ def test_rows_are_swept_apart_without_changing_one(kind, room, monkeypatch):
     assert torch.equal(pieces.codes, whole.codes)
     assert torch.equal(pieces.pruned, whole.pruned)
     torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(pieces.loss, whole.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        pieces.quadratic_error, whole.quadratic_error, rtol=1e-12, atol=1e-12
+    )
 
 
 def test_a_pattern_chosen_among_all_rows_needs_them_all(monkeypatch):

@@ -23,6 +23,7 @@ from mi_experiments.compression import pipeline
 from mi_experiments.embedded import MODEL_DIRECTORY
 from mi_experiments.records import provenance
 from mi_experiments.records.result import read_result
+from mi_experiments.reproduction import rows as row_files
 from mi_experiments.reproduction import unchanged
 from mi_experiments.reproduction.verdicts import FAIL, NOT_RUN, PASS
 
@@ -87,7 +88,7 @@ def pinned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MI_EXPERIMENTS_CACHE", str(root / "cache"))
         patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root / "hub"))
-        for module in (reproduce, rows):
+        for module in (reproduce, row_files):
             patch.setattr(module, "conf_directory", lambda: str(root / "conf"))
         patch.chdir(root)
         for name, overrides in rows.items():

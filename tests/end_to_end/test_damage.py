@@ -36,7 +36,7 @@ def resealed(path: Path, change: Callable[[dict], object]) -> None:  # type: ign
 
 
 @pytest.mark.parametrize(
-    ("name", "harm", "linears", "drafts", "texts"),
+    ("name", "harm", "linears", "site_costs", "texts"),
     [
         ("model/model-00002-of-00004.safetensors", flip, 1, 0, 0),
         ("model/model-00002-of-00004.safetensors", exchange, 2, 0, 0),
@@ -67,8 +67,8 @@ def test_what_is_damaged_is_named_and_made_again_from_what_is_intact(
     assert name in next(line for line in ended.out.splitlines() if line.startswith("WARNING"))
     assert "is complete;" not in ended.out
     assert artefacts(run_dir) == damage.place.reference
-    counts = {key: ended.counts[key] for key in ("linears", "drafts", "texts")}
-    assert counts == {"linears": linears * LINEARS, "drafts": drafts, "texts": texts}
+    counts = {key: ended.counts[key] for key in ("linears", "site_costs", "texts")}
+    assert counts == {"linears": linears * LINEARS, "site_costs": drafts, "texts": texts}
     again = damage.place.run()
     assert "is complete;" in again.out
     assert "WARNING" not in again.out

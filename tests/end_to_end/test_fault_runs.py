@@ -303,7 +303,7 @@ def test_a_shortage_that_nothing_can_be_done_about_names_the_phase(
 CAGE = """
 import resource, sys
 import torch
-from mi_experiments import experiment
+from mi_experiments.experiment import run_experiment as running
 from mi_experiments.commands.run import main
 torch.set_num_threads(1)
 room = int(sys.argv.pop(1))

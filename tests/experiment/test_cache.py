@@ -244,7 +244,7 @@ def test_two_jobs_at_once_compute_every_part_once(
 
 STUCK = """
 import time
-from mi_experiments import plan
+from mi_experiments.planning import plan
 real = plan.measure_block_costs
 def measure_block_costs(block, *rest):
     if block.index == 1:

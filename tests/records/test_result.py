@@ -67,7 +67,10 @@ def test_result_round_trip(result: Result, tmp_path: Path) -> None:
 
 
 def test_linears_round_trip(tmp_path: Path) -> None:
-    linears = [LINEAR, dataclasses.replace(LINEAR, name="other", block=2, bits={16: 96}, redundancy=None)]
+    linears = [
+        LINEAR,
+        dataclasses.replace(LINEAR, name="other", block=2, bits={16: 96}, redundancy=None),
+    ]
     write_linears(linears, tmp_path)
     assert read_linears(tmp_path) == linears
 

@@ -114,7 +114,7 @@ def flat(value: object, path: str = "") -> dict[str, object]:
     ("arguments", "line"),
     [
         (["--against", "/nonexistent"], "/nonexistent: no run is recorded there (no result.json)"),
-        (["--against", "."], "its result.json is none of this version"),
+        (["--against", "."], "result.json is no record of this version"),
         (["--model", "/nonexistent"], "--model /nonexistent: no config.json"),
         (["--status", "nowhere"], "--status nowhere: no such folder"),
         (["--only", "nothing_*"], "no row nothing_* in papers/wanda: there are"),
@@ -146,7 +146,10 @@ def test_an_error_of_the_system_is_one_line_too(
     with pytest.raises(SystemExit) as left:
         main(["papers/wanda", "--against", "file"])
     assert left.value.code == 2
-    assert capsys.readouterr().err == "mi-reproduce: Not a directory: file/result.json\n"
+    assert (
+        capsys.readouterr().err
+        == "mi-reproduce: file/result.json cannot be read: Not a directory\n"
+    )
 
 
 def test_only_takes_a_pattern() -> None:
