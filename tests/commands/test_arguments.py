@@ -53,7 +53,7 @@ def test_what_takes_away_a_key_is_left_alone() -> None:
     [
         (["--nosuch", "a=b"], "--nosuch"),
         (["--cfg", "everything"], "--cfg"),
-        (["--experimental-rerun=x"], "a pickle, which is code"),
+        (["--experimental-rerun=x"], "what may hold code"),
         (["model.path=\udcff"], "not valid Unicode"),
     ],
 )
