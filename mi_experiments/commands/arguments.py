@@ -29,7 +29,7 @@ def read_arguments(arguments: Sequence[str]) -> list[str]:
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(list(arguments))
     if args.experimental_rerun is not None:
-        raise InputError("--experimental-rerun reads what may hold code: give resume=DIR")
+        raise InputError("--experimental-rerun runs what a file holds: give resume=DIR")
     for name in ("config_dir", "config_path"):
         if (getattr(args, name) or "").startswith("~"):
             setattr(args, name, str(Path(getattr(args, name)).expanduser()))

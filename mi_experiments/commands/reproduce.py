@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mi_experiments.commands.arguments import quote_home
 from mi_experiments.commands.run import STOP, prepare_process
 from mi_experiments.comparison.inert import escape_markdown, visible
 from mi_experiments.config.compose import conf_directory, explain, from_hydra
@@ -88,6 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--status", type=Path, metavar="DIR", help="every table, and its verdicts in DIR")
     add("--pin", nargs=2, metavar=("RUN_DIR", "NAME"), help="write experiment/pinned/NAME.yaml")
     options = parser.parse_intermixed_args(arguments)  # options may stand between overrides
+    options.overrides = [quote_home(override) for override in options.overrides]
     if not (options.pin or options.status or options.table):
         parser.error("name a table, or --pin RUN_DIR NAME, or --status DIR")
     return options

@@ -1,6 +1,7 @@
 """Hydra, composing only what `vetting` lets pass, and saying in one line what it cannot compose."""
 
 import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,7 +29,7 @@ LOGGING = ("hydra.job_logging", "hydra.hydra_logging")
 
 def vet_what_hydra_composes() -> None:
     """Let Hydra compose through `VettedLoader`, whoever asks it: its main function or its API."""
-    vars(hydra._internal.hydra)["ConfigLoaderImpl"] = VettedLoader
+    setattr(hydra._internal.hydra, ConfigLoaderImpl.__name__, VettedLoader)
 
 
 class VettedRepository(ConfigRepository):
@@ -158,6 +159,10 @@ def keep_to_itself(composed: DictConfig) -> None:
         raise RefusedConfig(f"hydra.output_subdir={folder} is not allowed: it is .hydra")
     with open_dict(composed.hydra):
         composed.hydra.output_subdir = None  # the run writes its own, once the directory is its own
+        for part in (composed.hydra.run, composed.hydra.sweep):
+            directory = str(OmegaConf.to_container(part)["dir"])  # type: ignore[call-overload,index]
+            if directory.startswith("~"):
+                part.dir = os.path.expanduser(directory)
 
 
 def logging_files(key: str) -> list[Path]:

@@ -53,7 +53,7 @@ def test_what_takes_away_a_key_is_left_alone() -> None:
     [
         (["--nosuch", "a=b"], "--nosuch"),
         (["--cfg", "everything"], "--cfg"),
-        (["--experimental-rerun=x"], "what may hold code"),
+        (["--experimental-rerun=x"], "runs what a file holds"),
         (["model.path=\udcff"], "not valid Unicode"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.types import RunMode
@@ -156,3 +157,44 @@ def test_overrides_and_sweeps_are_data_too(compose_from: Callable[..., object]) 
         for mode in RunMode:
             with pytest.raises(InputError, match="is refused"):
                 compose_from("seed: 1", override, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("tracking=null", ["tracking=null", "one of auto, disabled, offline, online"]),
+        ("n_groups=null", ["n_groups=null", "one of contiguous, energy"]),
+        ("dataset=5", ["dataset=5", "one of c4, embedded"]),
+        ("model=false", ["model=false", "one of embedded, gpt2"]),
+        ("~evaluation", ["~evaluation", "one of c4, embedded"]),
+        ("hydra/launcher=null", ["hydra/launcher=null", "basic, joblib"]),
+        ("dataset=nosuch", ["dataset=nosuch is not known: one of c4, embedded, ptb, text, wiki"]),
+        ("wbits=uniforn", ["wbits=uniforn", "did you mean uniform?"]),
+        ("experiment=papers/sparsegpt/opt_125m_5", ["did you mean papers/sparsegpt/opt_125m_50?"]),
+    ],
+)
+def test_what_is_chosen_of_a_group_is_one_of_its_files(
+    override: str, parts: list[str], compose_from: Callable[..., object]
+) -> None:
+    with pytest.raises(InputError) as refused:
+        compose_from("seed: 1", override)
+    line = str(refused.value)
+    for part in parts:
+        assert part in line
+    assert "\n" not in line
+    assert "provider" not in line
+
+
+def test_choices_end_with_the_last_file(compose_from: Callable[..., object]) -> None:
+    with pytest.raises(InputError) as refused:
+        compose_from("seed: 1", "hydra/job_logging=nosuch")
+    assert str(refused.value).endswith("one of default, disabled, none, stdout")
+
+
+def test_directories_of_records_may_be_below_the_home(
+    compose_from: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    composed = compose_from("hydra: {sweep: {dir: ~/s/x}}", "hydra.run.dir='~/runs/${model.name}'")
+    assert composed.hydra.run.dir == "/home/me/runs/embedded"
+    assert composed.hydra.sweep.dir == "/home/me/s/x"
