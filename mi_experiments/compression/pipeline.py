@@ -173,8 +173,10 @@ def compress_linear(
         solution = solve_linear(original, statistics, linear_plan, config)
     grid, sparsity = solution.grid, solution.sparsity
     swept = solution.swept
-    dtype: torch.dtype | None = choose_exact(original, linear.dtype)
-    if solution.status != "untouched":
+    dtype: torch.dtype | None
+    if solution.status == "untouched":
+        dtype = choose_exact(original, linear.dtype)
+    else:
         swept, dtype = round_to_half(swept, grid, linear.dtype)
         linear.write_weight(swept.weight)
     alone = config.bit_scope is Scope.linear and not config.wbits.tied
