@@ -24,14 +24,16 @@ def sound_environment(ignored: tuple[str, ...] = ()) -> Iterator[str | None]:
         ignored: variables that have no say, whether they are refused or not.
     """
     reasons = refused_variables(os.environ)
-    kept = {name: os.environ.pop(name) for name in reasons}
     said = [
-        f"{name}={kept[name]} is refused by the client ({reason})"
+        f"{name}={os.environ[name].strip()} is refused by the client ({reason})"
         for name, reason in reasons.items()
         if name not in ignored
     ]
+    # Before they are taken away: what is masked is what the environment holds.
+    line = scrub("; ".join(said) + ": correct it, or unset it") if said else None
+    kept = {name: os.environ.pop(name) for name in reasons}
     try:
-        yield scrub("; ".join(said) + ": correct it, or unset it") if said else None
+        yield line
     finally:
         os.environ.update(kept)
 

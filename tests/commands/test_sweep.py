@@ -47,7 +47,7 @@ def artefacts(root: Path) -> dict[str, Any]:
             if path.is_file() and path.name not in TIMES:
                 found[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
         record = json.loads((run_dir / "result.json").read_text())
-        for key in ("seconds", "memory", "resumed"):
+        for key in ("seconds", "memory", "resumed", "seal"):
             del record[key]
         del record["provenance"]["started"]
         found[str(run_dir.relative_to(root))] = record

@@ -8,11 +8,11 @@ import composed
 import pytest
 import torch
 
-from mi_experiments.calibration import hessians
-from mi_experiments.compression import factorize_site, pipeline
+from mi_experiments.calibration import hessians, measure_sites
+from mi_experiments.compression import factorize_site
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
 from mi_experiments.config.config import Config
-from mi_experiments.planning import plan, site_costs
+from mi_experiments.planning import site_costs
 from mi_experiments.planning.plan import Plan, plan_compression
 
 ARCHITECTURES = ["llama", "qwen3", "opt", "gemma3", "gpt2", "gpt_neox"]
@@ -106,7 +106,7 @@ def test_true_sequential_linears_read_what_compressed_ones_give(
     model = tiny_model("llama")
     config = config_of("recipe.input_correction=0", "recipe.residual_correction=0")
     seen: dict[str, torch.Tensor] = {}
-    original = pipeline.measure_hessians
+    original = measure_sites.measure_hessians
 
     def spy(block: Any, sites: Any, config: Config) -> Any:
         hessians = original(block, sites, config)
@@ -115,7 +115,7 @@ def test_true_sequential_linears_read_what_compressed_ones_give(
 
     made = plan_compression(model, tokens, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "measure_hessians", spy)
+        patch.setattr(measure_sites, "measure_hessians", spy)
         compress_all(model, tokens, made, config)
     last = "model.layers.1.mlp.down_proj"
     read: list[torch.Tensor] = []
@@ -203,7 +203,7 @@ def test_uniform_widths_on_controls_need_no_pass(
     tokens: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(plan, "measure_hessians", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(site_costs, "measure_hessians", lambda *_: pytest.fail("measured"))
     config = config_of("wbits=uniform", f"n_groups={grouping}")
     made = plan_compression(tiny_model("llama"), tokens, config)
     assert all((linear.bits == 4).all() for linear in made.linears.values())

@@ -63,7 +63,7 @@ def test_prices_are_those_of_a_plain_loop(
         for row in range(ROWS):
             for column in range(COLUMNS):
                 if pruned is None or not pruned[row, column]:
-                    cost = float(felt[row]) * float(error[row, column]) ** 2 / inverse[column]
+                    lost = float(felt[row]) * float(error[row, column]) ** 2 / inverse[column]
                     expected[int(group[column]), place] += lost
     if cost == "relative":
         expected /= float((weight @ hessian.matrix * weight).sum())

@@ -38,7 +38,7 @@ def artefacts(root: Path) -> dict[str, Any]:
                 name = str(path.relative_to(run_dir.parent))
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         record = json.loads((run_dir / "result.json").read_text())
-        for key in ("seconds", "memory", "resumed"):
+        for key in ("seconds", "memory", "resumed", "seal"):
             del record[key]
         for key in ("started", "command"):
             del record["provenance"][key]

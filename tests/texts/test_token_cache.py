@@ -131,7 +131,7 @@ def test_no_place_for_a_cache_is_a_warning(
 JOB = """
 import sys, time, torch
 from pathlib import Path
-from mi_experiments.llm.token_cache import cached
+from mi_experiments.texts.token_cache import cached
 
 place, name = Path(sys.argv[1]), sys.argv[2]
 (place / f"{name}.ready").touch()
