@@ -258,7 +258,7 @@ def test_running_text_is_cut_at_starts_of_pythons_generator(
 def test_a_line_break_that_the_shell_left_as_two_letters_is_refused() -> None:
     with pytest.raises(InputError, match=r"dataset\.separator=.* is not allowed: .*line break"):
         configure("dataset=wikitext2", 'dataset.separator="\\n\\n"')
-    with pytest.raises(InputError, match=r"evaluation\.datasets\.\*\.separator=.*line break"):
+    with pytest.raises(InputError, match=r"evaluation\.datasets\.ptb\.separator=.*line break"):
         configure("evaluation=ptb", 'evaluation.datasets.ptb.separator="\\n\\n"')
 
 
