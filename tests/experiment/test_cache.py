@@ -17,7 +17,7 @@ import torch
 from composed import config_of
 
 from mi_experiments.calibration import hessians
-from mi_experiments.experiment import phases
+from mi_experiments.experiment import cache, phases
 from mi_experiments.experiment.cache import computed_by, perplexity_key, results_directory
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment

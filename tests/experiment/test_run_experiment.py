@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import composed
 import pytest
 import torch
 from safetensors.torch import load_file
