@@ -237,7 +237,7 @@ def run_row(
             raise VerdictError(f"dense: {bad[0].text} {bad[0].ours:.4f}: {bad[0].why}")
 
     with lock_run(run_dir, config) as finished, log_file(run_dir):
-        if (finished := show_or_mend(finished, run_dir)) is not None:
+        if (finished := show_or_mend(finished, run_dir, config.export)) is not None:
             since, note = changed_since(config, finished, run_dir)
             changes += since
             return finished, note

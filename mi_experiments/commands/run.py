@@ -33,10 +33,9 @@ from mi_experiments.experiment.directory import (
 from mi_experiments.experiment.dry_run import dry_run
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.export.stored_model import tidy
 from mi_experiments.out_of_memory import map_large_pieces
 from mi_experiments.persistence.atomic import disk_errors
-from mi_experiments.persistence.commits import Commits, read_manifest
+from mi_experiments.persistence.commits import read_manifest
 from mi_experiments.sweeps.launch import describe_failure
 from mi_experiments.sweeps.launchers import leave, stop_signals, threads_of
 from mi_experiments.sweeps.outcomes import JobEnd
@@ -142,8 +141,7 @@ def do_run(
     with lock_run(run_dir, config) as finished, log_file(run_dir):
         # Not before: what an earlier process has left says now that it is interrupted.
         STOP.check()
-        if (finished := show_or_mend(finished, run_dir)) is not None:
-            tidy(Commits(run_dir, {}), config.export)
+        if (finished := show_or_mend(finished, run_dir, config.export)) is not None:
             line = f"{run_dir} is complete; remove it to run again"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
             print_result(finished, run_dir, sweep_dir, [], console)

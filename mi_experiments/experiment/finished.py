@@ -18,7 +18,7 @@ from mi_experiments.config.config import Export
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.phases import evaluation_file
 from mi_experiments.experiment.safety_net import CHOICE
-from mi_experiments.export.stored_model import reports_file
+from mi_experiments.export.stored_model import folders_to_tidy, reports_file, tidy
 from mi_experiments.persistence.commits import (
     Commits,
     Content,
@@ -34,19 +34,20 @@ from mi_experiments.records.result import RESULT, Result
 log = logging.getLogger(__name__)
 
 
-def show_or_mend(finished: Result | None, run_dir: Path) -> Result | None:
+def show_or_mend(finished: Result | None, run_dir: Path, export: Export) -> Result | None:
     """Return the record of a finished run, or None if some of its files must be computed again.
 
     Args:
         finished: what its record says; None for a run that is not finished.
         run_dir: the directory of the run.
+        export: the export of its config.
 
     Raises:
         InputError: its files are what was written, and contradict each other.
     """
     if finished is None:
         return None
-    if damaged := find_damage(run_dir):
+    if damaged := find_damage(run_dir, export):
         shown = ", ".join(damaged[:5]) + (", …" if len(damaged) > 5 else "")
         log.warning(
             "%s was complete, and of its files %d are not what it left: %s; what they held is "
@@ -58,19 +59,22 @@ def show_or_mend(finished: Result | None, run_dir: Path) -> Result | None:
             f"{run_dir} contradicts itself: {'; '.join(lies[:3])}. Remove it to run again, or "
             "choose another directory (hydra.run.dir=DIR)"
         )
+    tidy(Commits(run_dir, {}), export)
     return finished
 
 
-def is_intact(run_dir: Path) -> bool:
+def is_intact(run_dir: Path, export: Export) -> bool:
     """Whether a finished run has all its files, as they were, and none contradicts another."""
     try:
-        return not find_damage(run_dir) and not check_record(run_dir)
+        return not find_damage(run_dir, export) and not check_record(run_dir)
     except InputError:
         return False
 
 
-def find_damage(run_dir: Path) -> list[str]:
+def find_damage(run_dir: Path, export: Export) -> list[str]:
     """Return the files of a finished run that are not what it left; reads all, changes nothing.
+
+    What a finished run removes may be gone, or still there: its process was killed meanwhile.
 
     Raises:
         InputError: there is no manifest, or it is damaged.
@@ -78,7 +82,8 @@ def find_damage(run_dir: Path) -> list[str]:
     manifest = read_manifest(run_dir)
     if manifest is None:
         raise InputError(f"{run_dir} has no manifest.json: nothing tells what its files should be")
-    files = manifest["files"]
+    passing = folders_to_tidy(export)
+    files = {n: entry for n, entry in manifest["files"].items() if n.split("/")[0] not in passing}
     damaged = [name for name, entry in files.items() if not is_sound(run_dir / name, entry)]
     if LINEARS not in files:
         damaged.append(LINEARS)

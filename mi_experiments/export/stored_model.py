@@ -208,7 +208,12 @@ def read_settings(opened: OpenModel, run_dir: Path) -> dict[str, bytes]:
 
 def tidy(commits: Commits, export: Export) -> None:
     """Remove what only served to continue the run, and the compressed model if nobody wants it."""
-    commits.discard(*SCAFFOLDING, *(() if export is Export.dense else (MODEL,)))
+    commits.discard(*folders_to_tidy(export))
+
+
+def folders_to_tidy(export: Export) -> tuple[str, ...]:
+    """Return the folders that a finished run has no more; one killed at its end has some left."""
+    return SCAFFOLDING if export is Export.dense else (*SCAFFOLDING, MODEL)
 
 
 def same_bits(tensor: Tensor, other: Tensor) -> bool:

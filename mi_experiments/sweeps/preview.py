@@ -30,7 +30,7 @@ def look_at(sweep: Sweep, job: Job) -> Outcome:
     if result is not None and complete and job.is_asked_in(result.config):
         from mi_experiments.experiment.finished import is_intact
 
-        if not is_intact(sweep.directory / job.directory):
+        if not is_intact(sweep.directory / job.directory, job.export):
             # Its own process says what is damaged, and computes that again.
             return outcome
         return replace(describe(outcome, result), status="skipped", exit_code=0)

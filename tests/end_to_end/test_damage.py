@@ -54,7 +54,7 @@ def test_what_is_damaged_is_named_and_made_again_from_what_is_intact(
     name: str,
     harm: Callable[[Path], object],
     linears: int,
-    drafts: int,
+    site_costs: int,
     texts: int,
     damage: Damage,
 ) -> None:
@@ -68,7 +68,7 @@ def test_what_is_damaged_is_named_and_made_again_from_what_is_intact(
     assert "is complete;" not in ended.out
     assert artefacts(run_dir) == damage.place.reference
     counts = {key: ended.counts[key] for key in ("linears", "site_costs", "texts")}
-    assert counts == {"linears": linears * LINEARS, "site_costs": drafts, "texts": texts}
+    assert counts == {"linears": linears * LINEARS, "site_costs": site_costs, "texts": texts}
     again = damage.place.run()
     assert "is complete;" in again.out
     assert "WARNING" not in again.out

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,11 +234,11 @@ def test_a_signal_in_the_middle_of_a_record_is_not_overwritten(tmp_path: Path) -
         made = Recorder(from_hydra(compose("config")), tmp_path)
     stop = StopRequest()
     write = recorder.write_result
-    sent = []
+    to_send = [signal.SIGTERM]
 
     def interrupted_write(result: Any, run_dir: Path) -> None:
-        if not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        if to_send:  # once: the record of the stop is written from within
+            signal.raise_signal(to_send.pop())
         write(result, run_dir)
 
     with pytest.MonkeyPatch.context() as patch, stop.listen(), stop.telling(made.stop):
@@ -254,7 +255,8 @@ def test_a_signal_in_the_middle_of_a_record_is_not_overwritten(tmp_path: Path) -
 def test_a_wish_that_came_before_anybody_listened_is_heard() -> None:
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
     try:
-        os.kill(os.getpid(), signal.SIGTERM)
+        # To this thread: another one, of a library, may not hold it back.
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
         stop = StopRequest()
         with stop.listen(), pytest.raises(ResumableError, match="stopped by SIGTERM"):
             stop.check()

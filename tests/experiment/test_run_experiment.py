@@ -218,7 +218,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_computed(
         raise ValueError("no such vocabulary")
 
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuse)
-    monkeypatch.setattr(experiment, "evaluate", lambda *arguments: pytest.fail("computed"))
+    monkeypatch.setattr(running, "evaluate", lambda *arguments: pytest.fail("computed"))
     with pytest.raises(InputError, match="but not saved: no such vocabulary"):
         run(config_of("export=dense"), tmp_path / "run")
     assert read_result(tmp_path / "run").status == "failed"
