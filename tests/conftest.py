@@ -1,4 +1,8 @@
-"""Shared fixtures: one thread, caches outside the home, and tiny models built without a network."""
+"""Shared fixtures: one thread, caches outside the home, and tiny models built without a network.
+
+Shapes and types of arguments are checked at every call in the tests of folders that hold tensors.
+Whole runs make the same calls by the ten thousand; there the checks would be half of the time.
+"""
 
 import gc
 import os
@@ -8,14 +12,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mi-experiments-tests-")
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+CHECKED = ("calibration", "compression", "evaluation", "export", "llm", "method", "planning")
+"""Folders in whose tests every call is checked against its annotated shapes."""
 
 
 def pytest_collection() -> None:
@@ -32,6 +40,22 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Remove the memory-mapped copies of the texts that tests wrote."""
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shape_checks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check the shapes of every call, in the folders where that is what tests are about."""
+    folder = request.path.relative_to(Path(__file__).parent).parts[0]
+    jaxtyping.config.update("jaxtyping_disable", folder not in CHECKED)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects() -> None:
+    """Leave what earlier tests imported and cached out of every search for garbage to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
