@@ -48,19 +48,6 @@ def load_all(folder: Path) -> dict[str, np.ndarray]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_two_runs_are_identical(mi_run: Callable[..., Ended], local: list[str]) -> None:
-    for directory in ("outputs/a", "outputs/b"):
-        assert mi_run(*local, f"hydra.run.dir={directory}").code == 0
-    first, second = map(read_result, run_directories(Path("outputs")))
-    assert first.dense == second.dense
-    assert first.compressed == second.compressed
-    left, right = (
-        [(linear.name, linear.bits, linear.output_error) for linear in read_linears(directory)]
-        for directory in run_directories(Path("outputs"))
-    )
-    assert left == right
-
-
 def test_one_file_for_both_is_split_whatever_its_copy_is_called(
     mi_run: Callable[..., Ended], local: list[str], text: Path
 ) -> None:
@@ -139,31 +126,18 @@ def test_the_bits_can_be_recomputed_from_the_export_alone(
     assert spent / total == pytest.approx(result.bits.average, rel=1e-12)
     assert spent / total <= result.bits.requested
     assert zeros / total == pytest.approx(result.sparsity, rel=1e-12)
-    if "wbits.scope=model" not in choice:
-        script = Path(__file__).parents[2] / "benchmarks" / "verify_bits.py"
-        subprocess.run([sys.executable, script, directory, str(result.bits.requested)], check=True)
-
-
-def test_a_sweep_runs_every_job_in_its_own_directory(
-    mi_run: Callable[..., Ended], local: list[str]
-) -> None:
-    ended = mi_run("-m", *local, "wbits.average=3,5", "seed=0,1")
-    assert ended.code == 0, ended.err
-    results = [read_result(directory) for directory in run_directories(Path("sweeps"))]
-    asked = {(result.config["wbits"]["average"], result.config["seed"]) for result in results}
-    assert asked == {(3.0, 0), (3.0, 1), (5.0, 0), (5.0, 1)}
 
 
 def test_one_failing_job_stops_no_other(mi_run: Callable[..., Ended], local: list[str]) -> None:
     # One sample has fewer tokens than some linears have channels: singular without damping.
     scarce = ["dataset.nsamples=1", "recipe.on_singular=error"]
-    ended = mi_run("-m", *local, *scarce, "recipe.damping=0.1,0,0.2")
+    ended = mi_run("-m", *local, *scarce, "recipe.damping=0,0.2")
     assert ended.code == 3
     assert "not positive definite" in ended.err
     results = [read_result(directory) for directory in run_directories(Path("sweeps"))]
     by_damping = {result.config["recipe"]["damping"]: result for result in results}
     statuses = {damping: result.status for damping, result in by_damping.items()}
-    assert statuses == {0.1: "completed", 0.0: "failed", 0.2: "completed"}
+    assert statuses == {0.0: "failed", 0.2: "completed"}
     assert "not positive definite" in (by_damping[0.0].error or "")
     # What was computed before the failure is kept.
     assert by_damping[0.0].dense != {}
@@ -295,23 +269,6 @@ def test_the_same_command_continues_an_interrupted_run(
         assert (directory / name).read_bytes() == (Path("unbroken") / name).read_bytes()
 
 
-def test_a_wish_to_stop_ends_a_sweep(
-    mi_run: Callable[..., Ended], local: list[str], interrupt_at: Callable[[int], None]
-) -> None:
-    """A scheduler kills soon after it has asked: no other job may begin."""
-    interrupt_at(3)
-    ended = mi_run("-m", *local, "seed=0,1", "hydra.sweep.dir=sweep")
-    assert ended.code == 75
-    (begun,) = run_directories(Path("sweep"))
-    assert begun.name.startswith("seed_0-")
-    assert read_result(begun).status == "interrupted"
-    assert mi_run("-m", *local, "seed=0,1", "hydra.sweep.dir=sweep").code == 0
-    results = [read_result(directory) for directory in run_directories(Path("sweep"))]
-    assert [(result.status, result.resumed) for result in results] == [
-        ("completed", 1), ("completed", 0),
-    ]  # fmt: skip
-
-
 def test_the_composition_reproduces_the_run(mi_run: Callable[..., Ended], local: list[str]) -> None:
     assert mi_run(*local, "hydra.run.dir=first", "wbits.average=3.5").code == 0
     folder = Path("first/.hydra").absolute()
@@ -319,9 +276,8 @@ def test_the_composition_reproduces_the_run(mi_run: Callable[..., Ended], local:
         "config.yaml", "hydra.yaml", "overrides.yaml",
     }  # fmt: skip
     assert "- wbits.average=3.5" in (folder / "overrides.yaml").read_text()
-    command = [sys.executable, "-c", "from mi_experiments.commands.start import run; run()"]
     given = [f"--config-path={folder}", "--config-name=config", "hydra.run.dir=second"]
-    subprocess.run([*command, *given], check=True, capture_output=True)
+    assert mi_run(*given).code == 0
     assert read_result(Path("second")).compressed == read_result(Path("first")).compressed
 
 

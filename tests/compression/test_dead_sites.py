@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from faulty_models import compress, config_of
+from seldom import seldom
 from tiny_models import build_tiny_model
 
 from mi_experiments.planning.plan import plan_compression
@@ -50,7 +51,15 @@ RECIPES: dict[str, list[str]] = {
 
 @pytest.mark.parametrize(
     ("way", "recipe"),
-    [(way, "default") for way in WAYS] + [("a v_proj of zeros", recipe) for recipe in RECIPES],
+    seldom(
+        [
+            *((way, "default") for way in list(WAYS)[::3]),
+            *(("a v_proj of zeros", recipe) for recipe in list(RECIPES)[2::2]),
+            *((way, "default") for way in list(WAYS)[1:3]),
+            *(("a v_proj of zeros", recipe) for recipe in list(RECIPES)[1::2]),
+        ],
+        always=5,
+    ),
 )
 def test_what_reads_only_zeros_is_compressed_and_named(
     way: str, recipe: str, tokens: torch.Tensor
@@ -78,7 +87,7 @@ def test_what_reads_only_zeros_is_compressed_and_named(
         assert smallest > before[name].abs()[~kept].mean()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", seldom(reversed(WAYS), always=1))
 def test_they_are_skipped_if_singular_sites_are(way: str, tokens: torch.Tensor) -> None:
     zeroed, dead = WAYS[way]
     linears = compress(build_dead(*zeroed), tokens, ["recipe.on_singular=skip"])

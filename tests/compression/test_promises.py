@@ -67,8 +67,9 @@ def test_any_ratio_prunes_exactly_and_zero_and_one_are_ratios(
         assert swept.pruned.all()
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("width", [1, 3, 44])
+@pytest.mark.parametrize(
+    ("width", "ratio"), [(1, 0.5), (1, 0.99), (1, 1.0), (3, 0.25), (3, 0.99), (44, 0.0)]
+)
 def test_odd_widths_and_all_ratios_go_through_the_pipeline(
     width: int, ratio: float, tokens: torch.Tensor
 ) -> None:

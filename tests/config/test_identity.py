@@ -79,10 +79,11 @@ def test_jobs_are_composed_as_hydra_composes_them(hydra: Hydra, overrides: list[
     master = compose(hydra, "hydra.mode=MULTIRUN", *overrides)
     composer = JobComposer(hydra, master)
     jobs = [lines for lines, _ in combine(composer.choices)]
-    for lines in jobs[:: max(1, len(jobs) // 5)]:
+    for lines in {id(job): job for job in (jobs[0], jobs[len(jobs) // 2], jobs[-1])}.values():
         whole = hydra.config_loader.load_sweep_config(master, list(lines.values()))
-        assert asked_of(composer.compose(lines)) == asked_of(whole)
-        assert config_hash(_root_=composer.compose(lines)) == config_hash(_root_=whole)
+        ours = composer.compose(lines)
+        assert asked_of(ours) == asked_of(whole)
+        assert config_hash(_root_=ours) == config_hash(_root_=whole)
 
 
 def test_a_sweep_is_named_by_what_it_computes(hydra: Hydra) -> None:

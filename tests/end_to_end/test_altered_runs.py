@@ -138,21 +138,25 @@ def test_the_same_is_the_same_to_the_last_bit(judged: Callable[..., Judged]) -> 
     assert same.code == 0
 
 
+MORE_CHANGES = [
+    ("dataset.seed=1", "dataset.seed: 0 → 1"),
+    ("dataset.nsamples=3", "dataset.nsamples: 4 → 3"),
+    ("evaluation.datasets.text.add_bos=never", "evaluation.datasets.text.add_bos: auto → never"),
+    ("evaluation.datasets.text.windows=documents",
+     "evaluation.datasets.text.windows: joined → documents"),
+    ("evaluation.protocol=another", "evaluation.protocol: text → another"),
+    ("recipe.damping=0.02", "recipe.damping: 0.01 → 0.02"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("override", "cause"),
     [
         ("seed=1", "seed: 0 → 1"),
-        ("dataset.seed=1", "dataset.seed: 0 → 1"),
-        ("dataset.nsamples=3", "dataset.nsamples: 4 → 3"),
         ("evaluation.datasets.text.seqlen=16", "evaluation.datasets.text.seqlen: 32 → 16"),
-        ("evaluation.datasets.text.add_bos=never",
-         "evaluation.datasets.text.add_bos: auto → never"),
-        ("evaluation.datasets.text.windows=documents",
-         "evaluation.datasets.text.windows: joined → documents"),
-        ("evaluation.protocol=another", "evaluation.protocol: text → another"),
-        ("recipe.damping=0.02", "recipe.damping: 0.01 → 0.02"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_CHANGES),
     ],
-)  # fmt: skip
+)
 def test_a_changed_setting_fails_by_its_name(
     override: str, cause: str, judged: Callable[..., Judged]
 ) -> None:
@@ -373,7 +377,14 @@ def test_other_bits_of_the_same_machine_fail_though_the_numbers_are_near(
 
 
 @pytest.mark.usefixtures("other_bits")
-@pytest.mark.parametrize("what", ["threads", "versions.python", "platform"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "threads",
+        pytest.param("versions.python", marks=pytest.mark.slow),
+        pytest.param("platform", marks=pytest.mark.slow),
+    ],
+)
 def test_other_bits_of_another_machine_are_shown_beside_the_verdict(
     what: str, judged: Callable[..., Judged], monkeypatch: pytest.MonkeyPatch
 ) -> None:

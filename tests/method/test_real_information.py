@@ -26,7 +26,7 @@ from mi_experiments.method.information import (
 from mi_experiments.texts.sequences import calibration_tokens
 
 PARTS = 8
-PAIRS = 6
+PAIRS = 3
 Estimate = Callable[[Tensor], float]
 
 
@@ -72,7 +72,7 @@ def pairs() -> list[Tensor]:
         # The same words in the same place have the same activations, which are one observation.
         distinct = inputs.unique(dim=0)
         order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
-        sample = distinct[order[:3000], :96]
+        sample = distinct[order[:2000], :96]
         information = copula_information(sample)
         first, second = torch.triu_indices(96, 96, 1)
         order = information[first, second].argsort(descending=True)

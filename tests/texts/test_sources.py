@@ -449,8 +449,15 @@ def test_rows_are_taken_after_the_share_is_held_out(tmp_path: Path) -> None:
     assert report_overlap(config) == (Overlap(48, 0, ()), 0)
 
 
-@pytest.mark.parametrize("way", ["copy", "hard link", "symbolic link", "other directory"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.JSONL.gz", "a.parquet"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("a.jsonl", "hard link"),
+        ("a.txt", "copy"),
+        ("a.JSONL.gz", "symbolic link"),
+        ("a.parquet", "other directory"),
+    ],
+)
 def test_a_file_under_another_name_is_the_same_file(name: str, way: str, tmp_path: Path) -> None:
     file = write_text(tmp_path / name.lower(), STORIES)
     other = tmp_path / f"b-{name}"
@@ -471,9 +478,16 @@ def test_a_file_under_another_name_is_the_same_file(name: str, way: str, tmp_pat
     assert report_overlap(config)[1] == 0
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
-@pytest.mark.parametrize("name", ["b.jsonl", "b.jsonl.gz", "b.txt", "b.parquet"])
-@pytest.mark.parametrize("calibration", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize(
+    ("calibration", "name", "ending"),
+    [
+        ("a.jsonl", "b.jsonl", "\r\n"),
+        ("a.jsonl", "b.txt", "\n"),
+        ("a.txt", "b.txt", "\r\n"),
+        ("a.txt", "b.jsonl.gz", "\n"),
+        ("a.txt", "b.parquet", "\n"),
+    ],
+)
 def test_what_evaluation_has_too_is_left_out(
     calibration: str, name: str, ending: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
