@@ -26,7 +26,7 @@ from mi_experiments.method.information import (
 from mi_experiments.texts.sequences import calibration_tokens
 
 PARTS = 8
-PAIRS = 3
+PAIRS = 6
 Estimate = Callable[[Tensor], float]
 
 
@@ -72,7 +72,7 @@ def pairs() -> list[Tensor]:
         # The same words in the same place have the same activations, which are one observation.
         distinct = inputs.unique(dim=0)
         order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(0))
-        sample = distinct[order[:2000], :96]
+        sample = distinct[order[:3000], :96]
         information = copula_information(sample)
         first, second = torch.triu_indices(96, 96, 1)
         order = information[first, second].argsort(descending=True)
@@ -97,10 +97,12 @@ def truth(pairs: list[Tensor]) -> Tensor:
     return measure_all(neighbours, pairs)
 
 
+@pytest.mark.slow
 def test_copula_is_a_lower_bound_on_every_real_pair(pairs: list[Tensor], truth: Tensor) -> None:
     assert excess(measure_all(copula, pairs), truth).max() < 4
 
 
+@pytest.mark.slow
 def test_finer_bins_lose_less_and_never_exceed_the_truth(
     pairs: list[Tensor], truth: Tensor
 ) -> None:
@@ -113,6 +115,7 @@ def test_finer_bins_lose_less_and_never_exceed_the_truth(
     assert torch.corrcoef(ranks)[0, 1] > 0.9
 
 
+@pytest.mark.slow
 def test_copula_misses_what_bins_and_neighbours_see(pairs: list[Tensor], truth: Tensor) -> None:
     """Real channels depend on each other in more ways than a correlation of ranks."""
     copulas, bins = measure_all(copula, pairs), measure_all(binned(8), pairs)
