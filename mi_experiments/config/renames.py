@@ -19,6 +19,7 @@ KEYS = {
 
 VALUES = {
     "recipe.grid_fit": {"original": "static", "survivors": "compensated", "reached": "dynamic"},
+    "recipe.name": {"original_grids": "static_grids"},
     "recipe.window_choice": {"reached": "dynamic"},
 }
 """Values of a key, to their names now."""

@@ -21,6 +21,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from mi_experiments.config.renames import VALUES
 from mi_experiments.config.vetting import RefusedConfig, check_yaml, first_line, vet
 from mi_experiments.errors import InputError
 
@@ -121,6 +122,8 @@ class VettedLoader(ConfigLoaderImpl):
         if group is None:
             return None
         name, choices = wanted.removeprefix(f"{group}/"), self.choices(group)
+        if new := VALUES.get(f"{group}.name", {}).get(name):
+            return f"{group}={name} is called {new} now: write {group}={new}"
         near = difflib.get_close_matches(name, [*choices, *self.nested(group)], n=1)
         hint = f"did you mean {near[0]}? There is " if near else "one of "
         return f"{group}={name} is not known: {hint}{', '.join(choices)}"

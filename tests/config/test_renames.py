@@ -94,7 +94,7 @@ def test_hashes_of_an_old_row_are_read_under_their_new_name() -> None:
 @pytest.mark.parametrize(("key", "old", "new"), OLD_VALUES)
 def test_an_old_value_is_read_as_the_new_one(key: str, old: str, new: str) -> None:
     group, last = key.split(".")
-    assert with_new_names({group: {last: old, "name": old}}) == {group: {last: new, "name": old}}
+    assert with_new_names({group: {last: old, "other": old}}) == {group: {last: new, "other": old}}
     # A key of the same name elsewhere is another key.
     assert with_new_names({last: old}) == {last: old}
 
