@@ -19,8 +19,9 @@ from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.host_memory import ROOT, available_memory, group_room
 from mi_experiments.llm.activations import Place
-from mi_experiments.llm.blocks import Block, describe_blocks
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.loading import choose_device, load_skeleton
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.persistence.atomic import free_disk, require_disk
 
@@ -212,12 +213,8 @@ def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
         offline=config.model.offline,
         attention=config.model.attention,
     )
-    blocks = describe_blocks(
-        model,
-        config.dataset.seqlen,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-    )
+    walker = Walker(model, path=config.model.blocks, ignore=config.model.ignore)
+    blocks = walker.describe_blocks(config.dataset.seqlen)
     linears = [linear for block in blocks for site in block.sites for linear in site.linears]
     columns = {linear.name: linear.columns for linear in linears}
     check_dimensions(columns, config.sparsity.pattern, config.sparsity.mask_block)
@@ -231,7 +228,7 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
 
     Args:
         model: the model on the meta device, in the dtype of its checkpoint.
-        blocks: the blocks as `describe_blocks` lists them.
+        blocks: the blocks as `Walker.describe_blocks` lists them.
         config: the config of the run.
     """
     text = model.config.get_text_config(decoder=True)

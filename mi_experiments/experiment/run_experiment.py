@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.export.stored_model import PARTS, StoredModel, tidy
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
+from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.records.provenance import measure_provenance, run_identity
 from mi_experiments.records.record_check import NUMBERS, hash_of_numbers
@@ -110,7 +112,7 @@ def compute(
         with recorder.phase("check samples"):
             run = check_samples(run)
     with recorder.phase("evaluate dense"):
-        evaluate(run, "dense", run.opened.weights)
+        evaluate(run, "dense", run.walker)
     if on_dense is not None:
         on_dense(recorder.result.dense)
     with recorder.phase("plan"):
@@ -118,7 +120,7 @@ def compute(
     with recorder.phase("compress"):
         (compress_safely if config.has_safety_net else compress)(run, plan)
     with recorder.phase("evaluate compressed"):
-        evaluate(run, "compressed", run.stored.weights)
+        evaluate(run, "compressed", replace(run.walker, weights=run.stored.weights))
     if config.export is Export.dense:
         with recorder.phase("export"):
             run.stored.complete(run.opened)
@@ -171,9 +173,19 @@ def open_run(
     recorder.update(provenance=provenance)
     set_aside(commits)
     computed = computed_by(opened, provenance, config.model.blocks)
+    walker = Walker(
+        opened.model,
+        weights=opened.weights,
+        path=config.model.blocks,
+        ignore=tuple(config.model.ignore),
+        batch_size=config.dataset.batch_size,
+        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
+        hessian_bytes=memory.hessian_bytes,
+    )
     return Run(
         config=config,
         opened=opened,
+        walker=walker,
         texts=texts,
         calibration=calibration,
         held_out=held_out,
@@ -181,7 +193,6 @@ def open_run(
         stored=StoredModel(opened.weights.fork(), commits, config),
         memory=memory,
         cache=RunCache(config, computed, recorder, progress.say, stop.check),
-        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,
         progress=progress,

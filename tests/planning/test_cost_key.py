@@ -13,6 +13,7 @@ from mi_experiments.calibration.hessians import FISHER_FIELDS
 from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
+from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.cache import content_key
 from mi_experiments.planning import plan
 from mi_experiments.planning.cost_key import ALL_WIDTHS, cost_config
@@ -79,7 +80,7 @@ def measured_costs(
 
         with monkeypatch.context() as patch:
             patch.setattr(plan, "measure_block_costs", spy)
-            plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config_of(*overrides))
+            plan_compression(Walker(tiny_model("llama")), tiny_tokens(4, 16), config_of(*overrides))
         return found
 
     return costs_of
@@ -199,7 +200,7 @@ def test_site_costs_can_read_no_other_field(
         return real(*arguments)
 
     monkeypatch.setattr(plan, "measure_block_costs", spy)
-    plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    plan_compression(Walker(tiny_model("llama")), tiny_tokens(4, 16), config)
     assert given
     known = to_plain(cost_config(config))
     assert all(to_plain(found) == known for found in given)
@@ -216,7 +217,7 @@ def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
     model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
     for budget in ("wbits.average=2.5", "wbits.average=4", "wbits.widths=[3,16]"):
         config = config_of(budget, f"wbits.cost={cost}", "wbits.scope=model")
-        shared = plan_compression(model, tokens, config)
+        shared = plan_compression(Walker(model), tokens, config)
 
         def alone(config: Config) -> Config:
             narrowed = cost_config(config)
@@ -226,6 +227,6 @@ def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
         assert {*ALL_WIDTHS} - {*alone(config).wbits.candidate_widths()}
         with monkeypatch.context() as patch:
             patch.setattr(plan, "cost_config", alone)
-            own = plan_compression(model, tokens, config)
+            own = plan_compression(Walker(model), tokens, config)
         assert own.sha256() == shared.sha256()
         assert own.stored()[1] == shared.stored()[1]
