@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mi_experiments.compression.totals import check_fallbacks
-from mi_experiments.config.config import Config, Export
+from mi_experiments.config.config import Config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.config.texts import OnNonfinite
 from mi_experiments.embedded import find_model
@@ -22,7 +22,8 @@ from mi_experiments.experiment.phases import PLAN, Run, check_samples, compress,
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.export.stored_model import PARTS, StoredModel, tidy
+from mi_experiments.export.exports import EXPORTS
+from mi_experiments.export.stored_model import StoredModel, run_folders, tidy
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
 from mi_experiments.llm.walker import Walker
@@ -121,7 +122,7 @@ def compute(
         (compress_safely if config.has_safety_net else compress)(run, plan)
     with recorder.phase("evaluate compressed"):
         evaluate(run, "compressed", replace(run.walker, weights=run.stored.weights))
-    if config.export is Export.dense:
+    if run.stored.export.complete is not None:
         with recorder.phase("export"):
             run.stored.complete(run.opened)
     return run
@@ -167,7 +168,7 @@ def open_run(
     )
     hashes = {text.name: text.sha256 for text in texts}
     begun = run_identity(config, provenance, hashes)
-    commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
+    commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *run_folders()))
     reopen(commits, config.export, len(opened.weights.blocks))
     recorder.open()
     recorder.update(provenance=provenance)
@@ -182,6 +183,7 @@ def open_run(
         allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         hessian_bytes=memory.hessian_bytes,
     )
+    EXPORTS[config.export].refuse(walker)
     return Run(
         config=config,
         opened=opened,

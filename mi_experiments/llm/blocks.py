@@ -28,7 +28,7 @@ class Block:
         linears: The linears to compress, in the order of the module.
         sites: The same linears by the tensor that they read, in execution order.
         stream: The hidden states that the block reads.
-        hessian_bytes: Bytes that the Hessians measured in one pass may take; None for no limit.
+        hessian_bytes: See `Walker`.
     """
 
     index: int
