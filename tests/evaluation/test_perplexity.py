@@ -98,12 +98,13 @@ def test_equals_full_logits_on_every_kind_of_head(name: str) -> None:
 def test_token_nll_is_per_token_and_in_order() -> None:
     model = build_model()
     (window,) = random_windows(11)
-    blocks = model.model.layers
     with torch.no_grad():
         before_norm: list[Tensor] = []
-        blocks[-1].register_forward_hook(lambda module, args, output: before_norm.append(output))
+        model.model.layers[-1].register_forward_hook(
+            lambda module, args, output: before_norm.append(output)
+        )
         model.model(input_ids=window[None])
-        nll = measure_token_nll(model, blocks, BlockOutput(None), before_norm[0][0], window, 7)
+        nll = measure_token_nll(Walker(model), BlockOutput(None), before_norm[0][0], window, 7)
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, nll_by_hand(model, window), rtol=TOLERANCE, atol=TOLERANCE)
 
