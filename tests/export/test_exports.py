@@ -12,9 +12,8 @@ from small_runs import config_of, run
 from mi_experiments.compression.pipeline import CompressedBlock
 from mi_experiments.config.config import Config, Export
 from mi_experiments.errors import InputError
-from mi_experiments.experiment.dry_run import dry_run
 from mi_experiments.experiment.finished import find_damage, is_intact
-from mi_experiments.experiment.memory_plan import Needs
+from mi_experiments.experiment.memory_plan import measure_needs, outline_model
 from mi_experiments.export.exports import EXPORTS
 from mi_experiments.export.format import ExportFormat
 from mi_experiments.llm.streaming import BlockWeights
@@ -106,18 +105,15 @@ def test_the_disk_is_planned_with_what_an_export_adds(
     config_of: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register(monkeypatch, "codes", CODES)
-
-    def planned(*overrides: str) -> Needs:
-        plan = dry_run(config_of(*overrides)).memory["80 GiB accelerator"]
-        assert not isinstance(plan, str)
-        return plan.needs
-
-    weights = dry_run(config_of()).weights
-    for net, candidates in ("false", 1), ("true", 2):
-        nothing, codes, dense = (
-            planned(f"export={export}", f"recipe.safety_net={net}")
-            for export in ("nothing", "codes", "dense")
-        )
+    config = config_of()
+    model, blocks = outline_model(config)
+    weights = sum(linear.rows * linear.columns for block in blocks for linear in block.linears)
+    for net, candidates in (False, 1), (True, 2):
+        config.recipe.safety_net = net
+        needs = {}
+        for config.export in EXPORTS:
+            needs[config.export.value] = measure_needs(model, blocks, config)
+        nothing, codes, dense = (needs[export] for export in ("nothing", "codes", "dense"))
         assert codes.stored == nothing.stored + candidates * weights
-        grids = EXPORTS[Export.dense].block_bytes(weights, config_of())
+        grids = EXPORTS[Export.dense].block_bytes(weights, config)
         assert dense.stored == nothing.stored + candidates * grids + nothing.resident

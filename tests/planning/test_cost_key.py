@@ -16,7 +16,7 @@ from mi_experiments.config.narrow import narrow
 from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.cache import content_key
 from mi_experiments.planning import plan
-from mi_experiments.planning.cost_key import ALL_WIDTHS, cost_config
+from mi_experiments.planning.cost_key import ALL_WIDTHS, GROUPING_FIELDS, cost_config
 from mi_experiments.planning.plan import plan_compression
 from mi_experiments.planning.site_costs import BlockCosts
 
@@ -230,3 +230,12 @@ def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
             own = plan_compression(Walker(model), tokens, config)
         assert own.sha256() == shared.sha256()
         assert own.stored()[1] == shared.stored()[1]
+
+
+def test_whatever_a_walker_takes_from_the_config_is_in_the_key() -> None:
+    """It is not read from the narrowed config, so that nothing else would notice."""
+    taken = {"path": "model.blocks", "ignore": "model.ignore", "batch_size": "dataset.batch_size"}
+    # What the dense model is, where it lives and in how many passes it is measured: no bit moves.
+    free = {"model", "weights", "allocate", "hessian_bytes"}
+    assert {field.name for field in dataclasses.fields(Walker)} == free | taken.keys()
+    assert set(taken.values()) <= set(GROUPING_FIELDS)
