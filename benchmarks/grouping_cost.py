@@ -25,7 +25,6 @@ from mi_experiments.experiment.phases import Run
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import open_run
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.planning.cost_key import cost_config
 from mi_experiments.planning.group_count import log_cost
@@ -57,21 +56,13 @@ def main(arguments: list[str]) -> None:
 
 def mean_log_cost(run: Run, config: Config) -> dict[str, float]:
     """Return the mean log cost of a weight, by kind of site and over all."""
-    opened, average = run.opened, config.wbits.average
+    average = config.wbits.average
     config = cost_config(config)
     widths = config.wbits.candidate_widths()
     at = min(range(len(widths)), key=lambda index: abs(widths[index] - average))
-    shared = {"weights": opened.weights, "allocate": run.allocate}
-    fisher = measure_plan_fisher(opened.model, run.calibration, config, **shared)
+    fisher = measure_plan_fisher(run.walker, run.calibration, config)
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for block in walk_blocks(
-        opened.model,
-        run.calibration,
-        batch_size=config.dataset.batch_size,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-        **shared,
-    ):
+    for block in run.walker.walk(run.calibration):
         for linear in measure_block_costs(block, fisher, True, config).linears:
             assert linear.group_costs is not None
             weights = int(linear.group_costs.sizes.sum())

@@ -19,7 +19,7 @@ from mi_experiments.experiment import safety_net
 from mi_experiments.experiment.phases import Run, evaluate_text
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 from mi_experiments.records.tracking import Tracker
 
 SEEDS = (0, 1)
@@ -32,10 +32,10 @@ def main(arguments: list[str]) -> None:
     seen: dict[str, float] = {}
     diverge = safety_net.diverge
 
-    def diverge_and_evaluate(run: Run, name: str, weights: BlockWeights) -> Any:
+    def diverge_and_evaluate(run: Run, name: str, walker: Walker) -> Any:
         (text,) = run.texts
-        seen[name] = evaluate_text(run, text, weights, f"evaluate {name}").nll
-        return diverge(run, name, weights)
+        seen[name] = evaluate_text(run, text, walker, f"evaluate {name}").nll
+        return diverge(run, name, walker)
 
     safety_net.diverge = diverge_and_evaluate
     with Path(output).open("w", newline="") as file:

@@ -24,29 +24,23 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.blocks import held
-from mi_experiments.llm.inventory import Inventory, LinearView
+from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.logits import PROBE_TOKENS, check_tail, compute_logits
 from mi_experiments.llm.matmul_hooks import replace_output
-from mi_experiments.llm.replay import Stream, open_stream
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.walker import Walker
 
 POSITIONS_CHUNK = 64
 """Positions whose logits and probabilities exist at one time."""
 
 
 def measure_fisher(
-    model: PreTrainedModel,
+    walker: Walker,
     tokens: Int64[Tensor, "nsamples seqlen"],
-    inventory: Inventory,
     *,
     seed: int,
-    weights: BlockWeights | None = None,
-    allocate: Allocate | None = None,
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Float[Tensor, "_rows"]]:
     """Measure the mean squared gradient of the loss on every output of the linears to compress.
@@ -55,7 +49,7 @@ def measure_fisher(
     often; the first one once more, to see how it is called. At its peak, memory where blocks run
     holds the weights outside the blocks, one block, and what autograd keeps of one sample in it;
     between the two passes logits and float64 probabilities of `POSITIONS_CHUNK` positions. Wherever
-    `allocate` makes room are the kept inputs of all blocks and the gradient that goes back through
+    the walker makes room are the kept inputs of all blocks and the gradient that goes back through
     them, (blocks + 1) × nsamples × seqlen × hidden numbers in the dtype of the model; an input goes
     when its block has been passed again. No parameter gets a gradient.
 
@@ -63,14 +57,10 @@ def measure_fisher(
     the order of samples, and that of a set is the mean of those of its parts, up to rounding.
 
     Args:
-        model: A causal language model in eval mode, on its device; ambient modes of autograd
-            (no_grad, inference_mode) do not matter.
+        walker: The walker of the model; its batch size is not asked, nor do ambient modes of
+            autograd (no_grad, inference_mode) matter.
         tokens: Token ids; samples are not padded.
-        inventory: The model's linears.
         seed: Of the labels.
-        weights: Loads each block when its turn comes and drops it afterwards; None for a model that
-            holds all its weights.
-        allocate: Makes room for hidden states; by default where blocks run.
         on_block: Called with the name of each block after its forward, and after its backward pass.
 
     Returns:
@@ -81,40 +71,37 @@ def measure_fisher(
 
     Raises:
         InputError: If no sample reaches one of the linears, or the model cannot be run block by
-            block, see `open_stream`.
+            block, see `Walker.open_stream`.
         NumericalError: If a sample's hidden states or gradients are not finite.
         ValueError: If there is no token, or the model is in training mode.
     """
     if tokens.numel() == 0:
         raise ValueError("there is no token")
-    if model.training:
-        raise ValueError("the model must be in eval mode: dropout would change the gradients")
-    path, modules = inventory.path, inventory.modules
-    names = [f"{path}.{index}" for index in range(len(modules))]
+    inventory = walker.inventory
+    indices = range(len(walker.blocks))
     sums: dict[str, Tensor] = {}
     # Tensors made in inference mode cannot enter a graph, hence the copy of the tokens.
     with torch.inference_mode(False), torch.enable_grad():
         tokens = tokens.clone()
-        with held(weights, 0):
-            stream = open_stream(model, path, modules, tokens, 1, allocate)
-        check_tail(model, modules, stream, PROBE_TOKENS)
+        with walker.hold(0):
+            stream = walker.open_stream(tokens, batch_size=1)
+        check_tail(walker, stream, PROBE_TOKENS)
         entering: list[Stream] = []
-        for index, name in enumerate(names):
+        for index in indices:
             entering.append(stream)
             stream = stream.fork()
-            with held(weights, index):
-                stream.advance(name, modules[index])
+            walker.advance(index, stream)
             if on_block is not None:
-                on_block(name)
-        _turn_round(model, modules, stream, tokens, seed)
-        for index, name in reversed(list(enumerate(names))):
-            with held(weights, index):
-                linears = inventory.linears[index]
-                sums |= _go_back(modules[index], linears, entering.pop(), stream.hidden)
+                on_block(walker.name(index))
+        _turn_round(walker, stream, tokens, seed)
+        for index in reversed(indices):
+            with walker.hold(index):
+                module, linears = walker.blocks[index], inventory.linears[index]
+                sums |= _go_back(module, linears, entering.pop(), stream.hidden)
             if on_block is not None:
-                on_block(name)
+                on_block(walker.name(index))
         _complete(list(itertools.chain(*inventory.linears)), sums)
-        dtype = torch.promote_types(model.dtype, torch.float32)
+        dtype = torch.promote_types(walker.model.dtype, torch.float32)
         return {
             linear.name: (sums[linear.name] / tokens.numel()).to(dtype)
             for linear in itertools.chain(*inventory.linears)
@@ -161,11 +148,7 @@ def _score(
 
 
 def _turn_round(
-    model: PreTrainedModel,
-    modules: nn.ModuleList,
-    stream: Stream,
-    tokens: Int64[Tensor, "nsamples seqlen"],
-    seed: int,
+    walker: Walker, stream: Stream, tokens: Int64[Tensor, "nsamples seqlen"], seed: int
 ) -> None:
     """Put the gradient of the loss in the place of what the last block returned."""
     for index, (sample, hidden) in enumerate(zip(tokens, stream.samples(), strict=True)):
@@ -173,7 +156,7 @@ def _turn_round(
         for start in range(0, len(sample), POSITIONS_CHUNK):
             chunk = slice(start, start + POSITIONS_CHUNK)
             leaf = hidden[chunk].detach().requires_grad_()
-            logits = compute_logits(model, modules, stream.form, leaf)
+            logits = compute_logits(walker, stream.form, leaf)
             # Not backward(), which would leave gradients on whatever parameter still asks for one.
             (gradient,) = torch.autograd.grad(logits, leaf, _score(logits, uniforms[chunk]))
             _check_finite(gradient, stream, index, "the model's last hidden states")

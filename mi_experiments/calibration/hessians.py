@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.fisher import measure_fisher
@@ -15,11 +14,10 @@ from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
 from mi_experiments.config.recipe import ScarceTokens
 from mi_experiments.errors import MiError, NumericalError
-from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.blocks import Block
-from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.sites import Site
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.hessian import Hessian, HessianAccumulator
 from mi_experiments.method.targets import Drift, DriftAccumulator
 from mi_experiments.out_of_memory import until_it_fits
@@ -90,18 +88,19 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
     return until_it_fits(measure, block.stream.shrink)
 
 
-def in_passes(sites: Sequence[Site], hessian_bytes: int | None) -> Iterator[list[Site]]:
+def in_passes(block: Block, sites: Sequence[Site]) -> Iterator[list[Site]]:
     """Divide sites, in order, into those whose Hessians are measured in one pass.
 
     Args:
+        block: says how many bytes their Hessians may take together.
         sites: whose inputs do not depend on what is done with the others.
-        hessian_bytes: bytes that their Hessians may take together; None for no limit.
     """
+    limit = block.hessian_bytes
     chosen: list[Site] = []
     size = 0
     for site in sites:
         needed = 4 * site.columns**2
-        if chosen and hessian_bytes is not None and size + needed > hessian_bytes:
+        if chosen and limit is not None and size + needed > limit:
             yield chosen
             chosen, size = [], 0
         chosen.append(site)
@@ -215,23 +214,19 @@ def finish_hessian(block: Block, site: Site, accumulator: HessianAccumulator) ->
 
 
 def measure_plan_fisher(
-    model: PreTrainedModel,
+    walker: Walker,
     calibration: Int[Tensor, "nsamples seqlen"],
     config: Config,
     *,
-    weights: BlockWeights | None = None,
-    allocate: Allocate | None = None,
     commits: Commits | None = None,
     on_block: Callable[[str], None] | None = None,
 ) -> dict[str, Float[Tensor, "_"]]:
     """Return the Fisher information about each output of each linear, if the budget is spent by it.
 
     Args:
-        model: the dense model.
+        walker: the walker of the dense model.
         calibration: token ids; the first `wbits.fisher_samples` sequences are read.
         config: the config of the run.
-        weights: loads each block when its turn comes; None for a model that holds all its weights.
-        allocate: makes room for hidden states; by default where blocks run.
         commits: keep the result, and give it back.
         on_block: called with the name of each block, forward and backward.
     """
@@ -240,15 +235,8 @@ def measure_plan_fisher(
     config = narrow(config, FISHER_FIELDS)
     if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
         return committed[0]
-    fisher = measure_fisher(
-        model,
-        calibration[: config.wbits.fisher_samples],
-        take_inventory(model, ignore=config.model.ignore, path=config.model.blocks),
-        seed=config.seed,
-        weights=weights,
-        allocate=allocate,
-        on_block=on_block,
-    )
+    sequences = calibration[: config.wbits.fisher_samples]
+    fisher = measure_fisher(walker, sequences, seed=config.seed, on_block=on_block)
     if commits is not None:
         commits.commit({FISHER: (fisher, {})})
     return fisher

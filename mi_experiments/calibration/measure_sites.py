@@ -37,7 +37,7 @@ class Measured:
 
 
 def measure_sites(
-    block: Block, pair: DensePair | None, config: Config, hessian_bytes: int | None = None
+    block: Block, pair: DensePair | None, config: Config
 ) -> Iterator[tuple[Site, Measured]]:
     """Measure each stage when it is asked for (true-sequential), or all of them at the beginning.
 
@@ -53,7 +53,7 @@ def measure_sites(
             hessian, drift = measure_dense_pair(pair, sites[0])
             yield sites[0], Measured(hessian, drift, hessian.tokens)
             continue
-        for together in in_passes(sites, hessian_bytes):
+        for together in in_passes(block, sites):
             hessians = measure_hessians(block, together, config)
             tokens = {name: hessian.tokens for name, hessian in hessians.items()}
             keep = config.recipe.scarce_tokens is ScarceTokens.keep

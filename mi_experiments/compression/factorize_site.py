@@ -71,10 +71,9 @@ def measure_statistics(
     pair: DensePair | None,
     plan: Plan,
     config: Config,
-    hessian_bytes: int | None = None,
 ) -> Iterator[tuple[Site, SiteStatistics]]:
     """Measure and factorize each site when it is asked for."""
-    sites = measure_sites(block, pair, config, hessian_bytes)
+    sites = measure_sites(block, pair, config)
     while True:
         # Only while measuring: what the caller does with a site is counted there.
         with count_retries() as retries:

@@ -14,7 +14,6 @@ from typing import TypedDict
 import torch
 from jaxtyping import Bool, Float32, Int, Int32, UInt8
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mi_experiments.calibration.drift import DensePair
 from mi_experiments.calibration.hessians import check_weights, site_context
@@ -30,11 +29,9 @@ from mi_experiments.compression.factorize_site import (
 )
 from mi_experiments.config.config import Config
 from mi_experiments.config.method import Scope
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.blocks import walk_blocks
-from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.replay import Stream
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.audit import audit_linear
 from mi_experiments.method.bit_count import average_bits, count_storage
 from mi_experiments.method.pruning import Sparsity
@@ -99,29 +96,22 @@ class CompressedBlock:
 
 
 def compress_model(
-    model: PreTrainedModel,
+    walker: Walker,
     calibration: Int[Tensor, "nsamples seqlen"],
     plan: Plan,
     config: Config,
     on_linear: Callable[[LinearReport], None] = lambda report: None,
     *,
-    weights: BlockWeights | None = None,
-    allocate: Allocate | None = None,
-    hessian_bytes: int | None = None,
     restore: Callable[[int], bool] = lambda block: False,
 ) -> Iterator[CompressedBlock]:
     """Prune and quantize every linear of the model, in place, block after block.
 
     Args:
-        model: changed in place, linear by linear.
+        walker: the walker of the model, which is changed in place, linear by linear.
         calibration: token ids.
         plan: groups and widths of every linear.
         config: the config of the run.
         on_linear: called after each linear, for progress and tracking.
-        weights: loads each block when its turn comes and drops it afterwards; None for a model that
-            holds all its weights.
-        allocate: makes room for hidden states; by default where blocks run.
-        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
         restore: puts the weights of a block that was compressed earlier into the model, or answers
             no; such a block is not yielded.
 
@@ -134,24 +124,14 @@ def compress_model(
         AuditError: a linear that does not keep a promise of its plan.
         MemoryShortage: there is no memory even for the smallest pieces.
     """
-    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    check_weights(itertools.chain(*inventory.linears))
-    walk = walk_blocks(
-        model,
-        calibration,
-        batch_size=config.dataset.batch_size,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-        weights=weights,
-        allocate=allocate,
-    )
+    check_weights(itertools.chain(*walker.inventory.linears))
     dense: Stream | None = None
-    for block in walk:
+    for block in walker.walk(calibration):
         pair = DensePair.open(block, dense) if config.needs_dense_pair else None
         if not restore(block.index):
             check_weights(block.linears)
             linears = []
-            found = measure_statistics(block, pair, plan, config, hessian_bytes)
+            found = measure_statistics(block, pair, plan, config)
             for site, shared in found:
                 for linear in site.linears:
                     with site_context(block, site, linear):

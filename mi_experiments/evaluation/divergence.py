@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from mi_experiments.errors import NumericalError
 from mi_experiments.evaluation.perplexity import average
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.blocks import held
 from mi_experiments.llm.calls import BlockOutput
 from mi_experiments.llm.logits import (
     PROBE_TOKENS,
@@ -27,7 +24,7 @@ from mi_experiments.llm.logits import (
     plan_waves,
 )
 from mi_experiments.llm.replay import context_limit
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 
 CHUNKS = 4
 """Into how many a chunk of logits is divided, because they are here twice and in float64."""
@@ -51,13 +48,12 @@ class Divergence:
 
 
 def measure_divergence(
-    dense: BlockWeights,
-    compressed: BlockWeights,
+    dense: Walker,
+    compressed: Walker,
     windows: Sequence[Int64[Tensor, "_"]],
     *,
     batch_tokens: int,
     logits_chunk: int,
-    allocate: Allocate | None = None,
     wave_tokens: int | None = None,
     on_block: Callable[[], None] | None = None,
 ) -> Divergence:
@@ -66,12 +62,11 @@ def measure_divergence(
     Every window is read by itself; sums are in float64.
 
     Args:
-        dense: weights of the dense model.
-        compressed: weights of the compressed model, with the same model around its blocks.
+        dense: the walker of the dense model.
+        compressed: the walker of the compressed model, whose blocks take turns with the dense ones.
         windows: token ids.
         batch_tokens: tokens in one forward pass, at least one window.
         logits_chunk: tokens whose logits, of one model and in float32, may exist at one time.
-        allocate: makes room for hidden states; by default where blocks run.
         wave_tokens: tokens whose hidden states may exist at one time, of both models together; at
             least one batch of each. None: all.
         on_block: called after each block of each wave; see `plan_waves` for half of `wave_tokens`.
@@ -79,39 +74,34 @@ def measure_divergence(
     Raises:
         InputError: the model's logits cannot be computed in chunks.
         NumericalError: a window leads to values that are not finite.
-        ValueError: the weights belong to two models, or there are no windows.
+        ValueError: they walk two models, or there are no windows.
     """
-    model, modules, path = dense.model, dense.blocks, dense.path
-    if compressed.model is not model:
+    if compressed.model is not dense.model:
         raise ValueError("dense and compressed weights take turns in one model")
     if not windows:
         raise ValueError("a divergence needs windows")
-    limit = context_limit(model)
+    limit = context_limit(dense.model)
     chunk = max(1, (logits_chunk if limit is None else min(logits_chunk, limit)) // CHUNKS)
     room = 2 * sum(map(len, windows)) if wave_tokens is None else wave_tokens
     sums = [0.0] * len(windows)
     with torch.no_grad():
         for wave in plan_waves(windows, batch_tokens, room // 2):
-            streams = open_wave(model, path, modules, windows, wave, batch_tokens, dense, allocate)
+            streams = open_wave(dense, windows, wave, batch_tokens)
             if wave[0][0] == 0:
-                check_tail(model, modules, streams[0], PROBE_TOKENS)
+                check_tail(dense, streams[0], PROBE_TOKENS)
             twins = [stream.fork() for stream in streams]
-            for index, module in enumerate(modules):
-                for weights, side in ((dense, streams), (compressed, twins)):
-                    with held(weights, index):
-                        for stream in side:
-                            stream.advance(f"{path}.{index}", module)
+            for index in range(len(dense.blocks)):
+                dense.advance(index, *streams)
+                compressed.advance(index, *twins)
                 if on_block is not None:
                     on_block()
             for group, stream, twin in zip(wave, streams, twins, strict=True):
                 pairs = zip(group, stream.samples(), twin.samples(), strict=True)
                 for i, hidden, other in pairs:
-                    nats = measure_token_divergence(
-                        model, modules, stream.form, hidden, other, chunk
-                    )
+                    nats = measure_token_divergence(dense, stream.form, hidden, other, chunk)
                     sums[i] = nats.sum().item()
             # Before the next wave makes room for its own.
-            del streams, twins, stream, twin, side, pairs, hidden, other, nats
+            del streams, twins, stream, twin, pairs, hidden, other, nats
     for i, total in enumerate(sums):
         if not math.isfinite(total):
             raise NumericalError(
@@ -123,8 +113,7 @@ def measure_divergence(
 
 
 def measure_token_divergence(
-    model: PreTrainedModel,
-    modules: nn.ModuleList,
+    walker: Walker,
     form: BlockOutput,
     dense: Float[Tensor, "tokens hidden"],
     compressed: Float[Tensor, "tokens hidden"],
@@ -133,8 +122,7 @@ def measure_token_divergence(
     """Measure KL(dense ‖ compressed) of the next token after each token, in nats.
 
     Args:
-        model: the model in evaluation mode.
-        modules: its blocks.
+        walker: the walker of the model.
         form: what a block returns.
         dense: what the last block of the dense model returned.
         compressed: what that of the compressed model did.
@@ -144,8 +132,8 @@ def measure_token_divergence(
     for start in range(0, len(dense), logits_chunk):
         chunk = slice(start, start + logits_chunk)
         nats[chunk] = divergence(
-            compute_logits(model, modules, form, dense[chunk]),
-            compute_logits(model, modules, form, compressed[chunk]),
+            compute_logits(walker, form, dense[chunk]),
+            compute_logits(walker, form, compressed[chunk]),
         )
     return nats
 

@@ -14,12 +14,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mi_experiments.errors import NumericalError
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.blocks import held
-from mi_experiments.llm.inventory import block_list
 from mi_experiments.llm.logits import (
     PROBE_TOKENS,
     check_tail,
@@ -29,7 +25,7 @@ from mi_experiments.llm.logits import (
     plan_waves,
 )
 from mi_experiments.llm.replay import context_limit
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 
 
 @dataclass(frozen=True)
@@ -52,14 +48,11 @@ class Perplexity:
 
 
 def measure_perplexity(
-    model: PreTrainedModel,
+    walker: Walker,
     windows: Sequence[Int64[Tensor, "_"]],
     *,
     batch_tokens: int,
     logits_chunk: int,
-    path: str | None = None,
-    weights: BlockWeights | None = None,
-    allocate: Allocate | None = None,
     wave_tokens: int | None = None,
     on_block: Callable[[], None] | None = None,
 ) -> Perplexity:
@@ -69,13 +62,10 @@ def measure_perplexity(
     tokens, not over the means of windows; sums are in float64.
 
     Args:
-        model: the model in evaluation mode, on its device.
+        walker: the walker of the model; its batch size is not asked.
         windows: token ids, at least two a window.
         batch_tokens: tokens in one forward pass, at least one window.
         logits_chunk: tokens whose logits exist at one time.
-        path: the path of the block list, see `block_list`.
-        weights: loads each block when its turn comes; None for a model that holds all its weights.
-        allocate: makes room for hidden states; by default where blocks run.
         wave_tokens: tokens whose hidden states exist at one time, at least one batch: every wave
             of windows reads all blocks once. None: all of them, or where the model holds all its
             weights, one batch.
@@ -90,31 +80,24 @@ def measure_perplexity(
         raise ValueError("perplexity needs windows of at least two tokens")
     if batch_tokens < 1 or logits_chunk < 1:
         raise ValueError("batch_tokens and logits_chunk are at least 1")
-    if model.training:
-        raise ValueError("the model is in training mode, where dropout is active: model.eval()")
     if wave_tokens is None:
-        wave_tokens = batch_tokens if weights is None else sum(map(len, windows))
-    path, modules = block_list(model, path)
-    limit = context_limit(model)
+        wave_tokens = batch_tokens if walker.weights is None else sum(map(len, windows))
+    limit = context_limit(walker.model)
     chunk = logits_chunk if limit is None else min(logits_chunk, limit)
     sums = [0.0] * len(windows)
     with torch.no_grad():
         for wave in plan_waves(windows, batch_tokens, wave_tokens):
-            streams = open_wave(
-                model, path, modules, windows, wave, batch_tokens, weights, allocate
-            )
+            streams = open_wave(walker, windows, wave, batch_tokens)
             if wave[0][0] == 0:
-                check_tail(model, modules, streams[0], min(PROBE_TOKENS, chunk))
-            for index, module in enumerate(modules):
-                with held(weights, index):
-                    for stream in streams:
-                        stream.advance(f"{path}.{index}", module)
+                check_tail(walker, streams[0], min(PROBE_TOKENS, chunk))
+            for index in range(len(walker.blocks)):
+                walker.advance(index, *streams)
                 if on_block is not None:
                     on_block()
             for group, stream in zip(wave, streams, strict=True):
                 for i, hidden in zip(group, stream.samples(), strict=True):
                     window = windows[i].to(hidden.device)
-                    nll = measure_token_nll(model, modules, stream.form, hidden, window, chunk)
+                    nll = measure_token_nll(walker, stream.form, hidden, window, chunk)
                     sums[i] = nll.sum().item()
             # Before the next wave makes room for its own.
             del streams, stream, hidden, window, nll

@@ -18,6 +18,7 @@ from mi_experiments.config.config import Export
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.phases import evaluation_file
 from mi_experiments.experiment.safety_net import CHOICE
+from mi_experiments.export.exports import EXPORTS
 from mi_experiments.export.stored_model import folders_to_tidy, reports_file, tidy
 from mi_experiments.persistence.commits import (
     Commits,
@@ -131,7 +132,7 @@ def reopen(commits: Commits, export: Export, blocks: int) -> None:
         (LINEARS, commits.files.get(LINEARS)),
         (TIMINGS, {"sha256": timings} if timings else None),
     )
-    if export is Export.dense and all(e and is_sound(run_dir / name, e) for name, e in sound):
+    if EXPORTS[export].keeps_model and all(e and is_sound(run_dir / name, e) for name, e in sound):
         files |= reports(run_dir, blocks)
     commits.commit(files)
 

@@ -18,9 +18,12 @@ from mi_experiments.config.config import Config, Dtype
 from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.host_memory import ROOT, available_memory, group_room
+from mi_experiments.export.exports import EXPORTS
+from mi_experiments.export.stored_model import run_folders
 from mi_experiments.llm.activations import Place
-from mi_experiments.llm.blocks import Block, describe_blocks
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.loading import choose_device, load_skeleton
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.pruning import check_dimensions
 from mi_experiments.persistence.atomic import free_disk, require_disk
 
@@ -86,7 +89,8 @@ class Needs:
             more, what one sample leaves for the backward pass through a block.
         activations: hidden states of the calibration set, in one or two streams; or if that is
             more, those between all blocks of the samples that go back through them.
-        stored: compressed blocks on disk, of every candidate, while the run can be continued.
+        stored: compressed blocks on disk, of every candidate, while the run can be continued, and
+            what the export adds to them.
     """
 
     resident: int
@@ -114,7 +118,7 @@ class MemoryPlan:
         accelerator: bytes that will be used of the accelerator; None where blocks run on the CPU.
         host: bytes that will be used of host memory.
         disk: bytes that will be used of the disk.
-        hessian_bytes: bytes that the Hessians measured in one pass may take.
+        hessian_bytes: see `Walker`.
         wave_tokens: tokens of an evaluation text whose hidden states may exist at one time.
     """
 
@@ -212,12 +216,8 @@ def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
         offline=config.model.offline,
         attention=config.model.attention,
     )
-    blocks = describe_blocks(
-        model,
-        config.dataset.seqlen,
-        ignore=tuple(config.model.ignore),
-        path=config.model.blocks,
-    )
+    walker = Walker(model, path=config.model.blocks, ignore=config.model.ignore)
+    blocks = walker.describe_blocks(config.dataset.seqlen)
     linears = [linear for block in blocks for site in block.sites for linear in site.linears]
     columns = {linear.name: linear.columns for linear in linears}
     check_dimensions(columns, config.sparsity.pattern, config.sparsity.mask_block)
@@ -231,7 +231,7 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
 
     Args:
         model: the model on the meta device, in the dtype of its checkpoint.
-        blocks: the blocks as `describe_blocks` lists them.
+        blocks: the blocks as `Walker.describe_blocks` lists them.
         config: the config of the run.
     """
     text = model.config.get_text_config(decoder=True)
@@ -257,14 +257,18 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
         forward = max(forward, graph, SCORES * POSITIONS_CHUNK * text.vocab_size)
         samples = min(config.wbits.fisher_samples, config.dataset.nsamples) * config.dataset.seqlen
         activations = max(activations, (len(blocks) + 1) * samples * text.hidden_size * item)
+    export = EXPORTS[config.export]
+    compressed = sum(linear.rows * linear.columns for linear in linears)
+    candidate = sum(inside) * item + export.block_bytes(compressed, config)
+    resident = (everything - sum(inside)) * item
     return Needs(
-        resident=(everything - sum(inside)) * item,
+        resident=resident,
         blocks=streams * max(inside) * item,
         site=max(FACTORIZED * widest**2, *swept) * FLOAT32,
         hessian=widest**2 * FLOAT32,
         forward=forward,
         activations=activations,
-        stored=sum(inside) * item * (2 if config.has_safety_net else 1),
+        stored=candidate * (2 if config.has_safety_net else 1) + resident * export.keeps_model,
     )
 
 
@@ -301,7 +305,7 @@ def find_room(device: str, directory: Path, config: Config) -> Room:
     host = free_host_memory()
     if config.memory.host is not None:
         host = int(config.memory.host * GIB)
-    return Room(accelerator, host, free_disk(directory, "model", "candidates"))
+    return Room(accelerator, host, free_disk(directory, *run_folders()))
 
 
 def free_host_memory(root: Path = ROOT) -> int:

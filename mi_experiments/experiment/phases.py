@@ -17,11 +17,9 @@ from mi_experiments.experiment.memory_plan import MemoryPlan
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.stop import StopRequest
 from mi_experiments.export.stored_model import StoredModel
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel
 from mi_experiments.llm.logits import plan_waves
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.plan import Plan, count_steps, plan_compression
 from mi_experiments.records.linears import LINEARS, LinearReport
@@ -40,6 +38,7 @@ class Run:
     Attributes:
         config: the config of the run.
         opened: model, tokenizer, and the original weights by block.
+        walker: how the dense model is walked.
         texts: the texts for evaluation.
         calibration: token ids.
         held_out: token ids of the same text on which nothing is measured; None without a safety
@@ -48,7 +47,6 @@ class Run:
         stored: the compressed blocks.
         memory: what lives where.
         cache: what other jobs have computed.
-        allocate: makes room for hidden states.
         recorder: the recorder of the result.
         tracker: the tracker of the run.
         progress: draws the bars.
@@ -57,6 +55,7 @@ class Run:
 
     config: Config
     opened: OpenModel
+    walker: Walker
     texts: Sequence[EvaluationText]
     calibration: Int[Tensor, "nsamples seqlen"]
     held_out: Int[Tensor, "sequences seqlen"] | None
@@ -64,7 +63,6 @@ class Run:
     stored: StoredModel
     memory: MemoryPlan
     cache: RunCache
-    allocate: Allocate
     recorder: Recorder
     tracker: Tracker
     progress: Progress
@@ -73,17 +71,15 @@ class Run:
 
 def check_samples(run: Run) -> Run:
     """Leave out the calibration samples that are not finite in the dense model."""
-    with run.progress.task("check samples", total=len(run.opened.weights.blocks)) as advance:
+    with run.progress.task("check samples", total=len(run.walker.blocks)) as advance:
 
         def on_block() -> None:
             advance()
             run.stop.check()
 
         calibration, dropped = drop_nonfinite(
-            run.opened,
+            run.walker,
             run.calibration,
-            run.config.dataset.batch_size,
-            allocate=run.allocate,
             commits=run.commits,
             on_block=on_block,
         )
@@ -91,14 +87,14 @@ def check_samples(run: Run) -> Run:
     return replace(run, calibration=calibration)
 
 
-def evaluate(run: Run, phase: str, weights: BlockWeights) -> None:
+def evaluate(run: Run, phase: str, walker: Walker) -> None:
     """Measure the perplexity of the dense or the compressed model on every text, once."""
     evaluations: dict[str, Evaluation] = {}
     for index, text in enumerate(run.texts):
         name = evaluation_file(phase, index)
         row = run.commits.read_json(name)
         if row is None:
-            row = asdict(evaluate_text(run, text, weights, phase))
+            row = asdict(evaluate_text(run, text, walker, phase))
             run.commits.commit({name: json.dumps(row, indent=1).encode()})
         evaluations[text.name] = Evaluation(**row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
@@ -110,12 +106,12 @@ def evaluation_file(phase: str, index: int) -> str:
     return f"evaluations/{phase}-{index:03}.json"
 
 
-def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: str) -> Evaluation:
+def evaluate_text(run: Run, text: EvaluationText, walker: Walker, phase: str) -> Evaluation:
     """Measure the perplexity of a model on one text; of the dense one, if no other job has."""
     evaluation = run.config.evaluation
     wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
-    steps = waves * len(weights.blocks)
+    steps = waves * len(walker.blocks)
     with run.progress.task(f"{phase} {text.name}", total=steps) as advance:
 
         def on_block() -> None:
@@ -124,13 +120,10 @@ def evaluate_text(run: Run, text: EvaluationText, weights: BlockWeights, phase: 
 
         def measure() -> Perplexity:
             return measure_perplexity(
-                weights.model,
+                walker,
                 text.windows,
                 batch_tokens=evaluation.batch_tokens,
                 logits_chunk=evaluation.logits_chunk,
-                path=weights.path,
-                weights=weights,
-                allocate=run.allocate,
                 wave_tokens=wave_tokens,
                 on_block=on_block,
             )
@@ -161,7 +154,7 @@ def make_plan(run: Run) -> Plan:
     """Return the plan: the committed one, or a new one."""
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
-        blocks = len(run.opened.weights.blocks)
+        blocks = len(run.walker.blocks)
         steps = count_steps(blocks, run.config)
         with (
             run.progress.task("plan", total=steps) as advance,
@@ -174,14 +167,7 @@ def make_plan(run: Run) -> Plan:
                 run.stop.check()
 
             plan = plan_compression(
-                run.opened.model,
-                run.calibration,
-                run.config,
-                on_block,
-                weights=run.opened.weights,
-                allocate=run.allocate,
-                hessian_bytes=run.memory.hessian_bytes,
-                commits=run.commits,
+                run.walker, run.calibration, run.config, on_block, commits=run.commits
             )
         # Before it is written: a plan that came out differently must not take the place of one.
         run.commits.bind("plan", plan.sha256())
@@ -220,7 +206,7 @@ def compress_blocks(
         record: called for each linear, in order, now or from an earlier process.
         title: the title of the bar.
     """
-    count = len(run.opened.weights.blocks)
+    count = len(run.walker.blocks)
     finished = [block for block in range(count) if stored.find(block)]
     with run.progress.task(title, total=len(plan.linears)) as advance:
 
@@ -245,15 +231,7 @@ def compress_blocks(
             return True
 
         blocks = compress_model(
-            run.opened.model,
-            run.calibration,
-            plan,
-            run.config,
-            on_linear,
-            weights=run.opened.weights,
-            allocate=run.allocate,
-            hessian_bytes=run.memory.hessian_bytes,
-            restore=restore,
+            run.walker, run.calibration, plan, run.config, on_linear, restore=restore
         )
         if len(finished) == count:
             # Then no hidden state is needed either.
@@ -266,14 +244,12 @@ def compress_blocks(
 
 def conclude(run: Run, plan: Plan) -> None:
     """Record what all linears together are, and hold the model to its budget."""
-    model = run.config.model
-    inventory = take_inventory(run.opened.model, ignore=model.ignore, path=model.blocks)
     sha256 = run.stored.sha256()
     # What is evaluated by several processes, or after damage was mended, is one model.
     run.commits.bind("compressed", sha256)
     run.recorder.update(
         **totals(run.recorder.linears, plan),
-        coverage=inventory.coverage,
+        coverage=run.walker.inventory.coverage,
         compressed_sha256=sha256,
     )
     run.commits.adopt(LINEARS)

@@ -4,12 +4,13 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from mi_experiments.compression.totals import check_fallbacks
-from mi_experiments.config.config import Config, Export
+from mi_experiments.config.config import Config
 from mi_experiments.config.secrets import scrub
 from mi_experiments.config.texts import OnNonfinite
 from mi_experiments.embedded import find_model
@@ -21,9 +22,11 @@ from mi_experiments.experiment.phases import PLAN, Run, check_samples, compress,
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.safety_net import UNIFORM_PLAN, compress_safely
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.export.stored_model import PARTS, StoredModel, tidy
+from mi_experiments.export.exports import EXPORTS
+from mi_experiments.export.stored_model import StoredModel, run_folders, tidy
 from mi_experiments.llm.activations import allocator
 from mi_experiments.llm.loading import choose_device, locate_model, open_model
+from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.records.provenance import measure_provenance, run_identity
 from mi_experiments.records.record_check import NUMBERS, hash_of_numbers
@@ -110,7 +113,7 @@ def compute(
         with recorder.phase("check samples"):
             run = check_samples(run)
     with recorder.phase("evaluate dense"):
-        evaluate(run, "dense", run.opened.weights)
+        evaluate(run, "dense", run.walker)
     if on_dense is not None:
         on_dense(recorder.result.dense)
     with recorder.phase("plan"):
@@ -118,8 +121,8 @@ def compute(
     with recorder.phase("compress"):
         (compress_safely if config.has_safety_net else compress)(run, plan)
     with recorder.phase("evaluate compressed"):
-        evaluate(run, "compressed", run.stored.weights)
-    if config.export is Export.dense:
+        evaluate(run, "compressed", replace(run.walker, weights=run.stored.weights))
+    if run.stored.export.complete is not None:
         with recorder.phase("export"):
             run.stored.complete(run.opened)
     return run
@@ -165,15 +168,26 @@ def open_run(
     )
     hashes = {text.name: text.sha256 for text in texts}
     begun = run_identity(config, provenance, hashes)
-    commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *PARTS))
+    commits = Commits(recorder.run_dir, begun, (PLAN, UNIFORM_PLAN, *run_folders()))
     reopen(commits, config.export, len(opened.weights.blocks))
     recorder.open()
     recorder.update(provenance=provenance)
     set_aside(commits)
     computed = computed_by(opened, provenance, config.model.blocks)
+    walker = Walker(
+        opened.model,
+        weights=opened.weights,
+        path=config.model.blocks,
+        ignore=tuple(config.model.ignore),
+        batch_size=config.dataset.batch_size,
+        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
+        hessian_bytes=memory.hessian_bytes,
+    )
+    EXPORTS[config.export].refuse(walker)
     return Run(
         config=config,
         opened=opened,
+        walker=walker,
         texts=texts,
         calibration=calibration,
         held_out=held_out,
@@ -181,7 +195,6 @@ def open_run(
         stored=StoredModel(opened.weights.fork(), commits, config),
         memory=memory,
         cache=RunCache(config, computed, recorder, progress.say, stop.check),
-        allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         recorder=recorder,
         tracker=tracker,
         progress=progress,

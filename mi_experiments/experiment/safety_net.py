@@ -7,7 +7,7 @@ uniform one in a folder of its own; when it wins, its blocks take the place of t
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from mi_experiments.compression.totals import check_budget
 from mi_experiments.errors import NumericalError
@@ -15,7 +15,7 @@ from mi_experiments.evaluation.divergence import Divergence, measure_divergence
 from mi_experiments.experiment.phases import Run, compress_blocks, conclude, keep
 from mi_experiments.export.stored_model import CANDIDATES, StoredModel
 from mi_experiments.llm.logits import plan_waves
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.plan import Plan
 from mi_experiments.planning.uniform_baseline import uniform_alternative
 from mi_experiments.records.candidates import Candidate, SafetyNet
@@ -69,7 +69,7 @@ def choose(run: Run, candidates: Mapping[str, tuple[Plan, StoredModel]]) -> Safe
         reports: list[LinearReport] = []
         compress_blocks(run, plan, stored, reports.append, f"compress {name}")
         bits = check_budget(reports, plan)
-        divergence = diverge(run, name, stored.weights)
+        divergence = diverge(run, name, replace(run.walker, weights=stored.weights))
         measured[name] = Candidate(
             divergence.kl, divergence.standard_error, bits.average, bits.effective
         )
@@ -83,7 +83,7 @@ def choose(run: Run, candidates: Mapping[str, tuple[Plan, StoredModel]]) -> Safe
     )
 
 
-def diverge(run: Run, name: str, weights: BlockWeights) -> Divergence:
+def diverge(run: Run, name: str, walker: Walker) -> Divergence:
     """Measure once how far a candidate is from the dense model on the held-out text."""
     assert run.held_out is not None
     committed = f"{CANDIDATES}/{name}.json"
@@ -93,7 +93,7 @@ def diverge(run: Run, name: str, weights: BlockWeights) -> Divergence:
     windows = list(run.held_out)
     evaluation, wave_tokens = run.config.evaluation, run.memory.wave_tokens
     waves = len(plan_waves(windows, evaluation.batch_tokens, wave_tokens // 2))
-    total = waves * len(weights.blocks)
+    total = waves * len(walker.blocks)
     with run.progress.task(f"divergence of {name}", total=total) as advance:
 
         def on_block() -> None:
@@ -102,12 +102,11 @@ def diverge(run: Run, name: str, weights: BlockWeights) -> Divergence:
 
         try:
             divergence = measure_divergence(
-                run.opened.weights,
-                weights,
+                run.walker,
+                walker,
                 windows,
                 batch_tokens=evaluation.batch_tokens,
                 logits_chunk=evaluation.logits_chunk,
-                allocate=run.allocate,
                 wave_tokens=wave_tokens,
                 on_block=on_block,
             )

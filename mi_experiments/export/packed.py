@@ -17,11 +17,15 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from mi_experiments.compression.pipeline import CompressedLinear, LinearGrid
+from mi_experiments.compression.pipeline import CompressedBlock, CompressedLinear, LinearGrid
+from mi_experiments.config.config import Config
+from mi_experiments.export.format import ExportFormat
+from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.method.bit_count import Layout, find_layout
 from mi_experiments.method.bit_packing import STREAMS, pack, unpack
 from mi_experiments.method.grid import UNQUANTIZED, Grid
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.persistence.commits import Content
 
 DTYPES = {
     "float16": torch.float16,
@@ -154,3 +158,18 @@ def read_packed(path: Path) -> Iterator[tuple[str, Float[Tensor, "rows columns"]
                 for key in STREAMS
             }
             yield name, unpack(streams, layout).weight.to(held_in)
+
+
+def write_block(block: CompressedBlock, weights: BlockWeights, config: Config) -> Content:
+    """Return the streams of a block's linears, and in the header how they are laid out."""
+    symmetric, scale_bits = config.wbits.symmetric, config.recipe.scale_bits
+    return pack_linears(block.linears, symmetric=symmetric, scale_bits=scale_bits)
+
+
+def block_bytes(weights: int, config: Config) -> int:
+    """Return what the streams take at the budget, with a bit a weight for scales and indices."""
+    bits = config.wbits.average + config.sparsity.pattern.pattern_bits_per_weight + 1
+    return int(weights * bits / 8)
+
+
+PACKED = ExportFormat(folder="packed", write_block=write_block, block_bytes=block_bytes)

@@ -8,8 +8,6 @@ with the rest of the model beside them. What is stored is what is evaluated.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from shutil import rmtree
 
 import torch
 from torch import Tensor
@@ -17,26 +15,23 @@ from torch import Tensor
 from mi_experiments.compression.pipeline import CompressedBlock
 from mi_experiments.config.config import Config, Export
 from mi_experiments.errors import AuditError, ResumableError
-from mi_experiments.export.dense import grid_tensors, write_settings
-from mi_experiments.export.packed import lay_out, pack_linears
+from mi_experiments.export.exports import EXPORTS
+from mi_experiments.export.format import MODEL, ExportFormat, model_file
 from mi_experiments.llm.loading import OpenModel
-from mi_experiments.llm.places import find_places
 from mi_experiments.llm.streaming import BlockWeights
-from mi_experiments.llm.tokenizer_files import tokenizer_errors
-from mi_experiments.persistence.atomic import disk_errors, temporary_sibling
 from mi_experiments.persistence.commits import Commits, Content
 from mi_experiments.records.linears import LinearReport
 
-MODEL = "model"
-GRIDS = "grids"
-PACKED = "packed"
 REPORTS = "reports"
 CANDIDATES = "candidates"
 SCAFFOLDING = ("site_costs", "evaluations", REPORTS, CANDIDATES)
 """Folders of what only serves to continue the run."""
 
-PARTS = (MODEL, GRIDS, PACKED, *SCAFFOLDING)
-"""Folders that belong to the run."""
+
+def run_folders() -> tuple[str, ...]:
+    """Return the folders that belong to a run, whatever its export."""
+    folders = (export.folder for export in EXPORTS.values())
+    return (MODEL, *(folder for folder in folders if folder is not None), *SCAFFOLDING)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +49,11 @@ class StoredModel:
     commits: Commits
     config: Config
     folder: str = ""
+
+    @property
+    def export(self) -> ExportFormat:
+        """What the run writes of the model."""
+        return EXPORTS[self.config.export]
 
     def find(self, block: int) -> bool:
         """Say whether a block was finished earlier; if so, it is read from there from now on."""
@@ -77,16 +77,8 @@ class StoredModel:
             names[0]: (tensors, {"format": "pt"}),
             names[1]: (json.dumps(linears, indent=1) + "\n").encode(),
         }
-        symmetric, scale_bits = self.config.wbits.symmetric, self.config.recipe.scale_bits
-        if self.config.export is Export.dense:
-            grids = {x.report.name: x.grids for x in block.linears if x.report.changed}
-            places = find_places(self.weights, block.index, [x.linear for x in block.linears])
-            layouts = lay_out(block.linears, places, symmetric=symmetric, scale_bits=scale_bits)
-            files[names[2]] = grid_tensors(grids), layouts
-        if self.config.export is Export.packed:
-            files[names[2]] = pack_linears(
-                block.linears, symmetric=symmetric, scale_bits=scale_bits
-            )
+        if self.export.write_block is not None:
+            files[names[2]] = self.export.write_block(block, self.weights, self.config)
         self.commits.place(files)
         self._read_back(block.index, names[0])
         self.commits.adopt(*files)
@@ -122,53 +114,29 @@ class StoredModel:
 
     def sha256(self) -> str:
         """Return one hash of the weights of all compressed blocks."""
-        names = [self._file(block + 1) for block in range(len(self.weights.blocks))]
+        names = [self._names(block)[0] for block in range(len(self.weights.blocks))]
         hashes = [self.commits.files[name]["sha256"] for name in names]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def complete(self, opened: OpenModel) -> None:
-        """Make `model/` a model that any tool loads: the rest of the weights, index, settings.
+        """Add what the export still lacks when all blocks are there.
 
         Args:
-            opened: the original, whose settings and tokenizer these are.
+            opened: the original model.
 
         Raises:
-            InputError: the tokenizer cannot be saved.
+            InputError: the model cannot be exported.
             ResumableError: the disk is full, or a block was damaged since it was written.
         """
-        rest = self.weights.stored_rest()
-        self.commits.commit({self._file(0): (rest, {"format": "pt"})})
-        places: dict[str, str] = {}
-        total = 0
-        for index in range(len(self.weights.blocks) + 1):
-            name = self._file(index)
-            found = self.commits.read_tensors(name)
-            if found is None:
-                raise ResumableError(
-                    f"{name} was damaged after it was evaluated: give the same command again to "
-                    "compute it once more"
-                )
-            places |= dict.fromkeys(found[0], Path(name).name)
-            total += sum(tensor.numel() * tensor.element_size() for tensor in found[0].values())
-        index_file = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        settings = read_settings(opened, self.commits.run_dir)
-        self.commits.commit({
-            **{f"{MODEL}/{name}": content for name, content in settings.items()},
-            f"{MODEL}/model.safetensors.index.json": (
-                json.dumps(index_file, indent=2) + "\n"
-            ).encode(),
-        })
+        if self.export.complete is not None:
+            self.export.complete(self.weights, self.commits, opened)
 
     def _names(self, block: int) -> list[str]:
         """Return the files of a block: weights, reports, and what the export asks for."""
-        names = [self._file(block + 1), f"{self.folder}{reports_file(block)}"]
-        part = {Export.dense: GRIDS, Export.packed: PACKED}.get(self.config.export)
-        return names if part is None else [*names, f"{self.folder}{part}/{block:05}.safetensors"]
-
-    def _file(self, number: int) -> str:
-        """Return a file of the model: 0 is what lies outside the blocks."""
-        count = len(self.weights.blocks) + 1
-        return f"{self.folder}{MODEL}/model-{number + 1:05}-of-{count:05}.safetensors"
+        names = [model_file(block + 1, len(self.weights.blocks)), reports_file(block)]
+        if (file := self.export.file(block)) is not None:
+            names.append(file)
+        return [self.folder + name for name in names]
 
     def _read_back(self, block: int, name: str) -> None:
         """Take a block's weights from what was written, and require that not a bit differs."""
@@ -188,24 +156,6 @@ def reports_file(block: int) -> str:
     return f"{REPORTS}/{block:05}.json"
 
 
-def read_settings(opened: OpenModel, run_dir: Path) -> dict[str, bytes]:
-    """Let transformers write the settings of a model in a folder of their own, and read them.
-
-    Raises:
-        InputError: the tokenizer cannot be saved.
-        ResumableError: the disk is full.
-    """
-    folder = temporary_sibling(run_dir / MODEL)
-    try:
-        with tokenizer_errors(), disk_errors(run_dir / MODEL):
-            folder.mkdir()
-            write_settings(opened.settings, opened.tokenizer, folder)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
-    finally:
-        rmtree(folder, ignore_errors=True)
-
-
 def tidy(commits: Commits, export: Export) -> None:
     """Remove what only served to continue the run, and the compressed model if nobody wants it."""
     commits.discard(*folders_to_tidy(export))
@@ -213,7 +163,7 @@ def tidy(commits: Commits, export: Export) -> None:
 
 def folders_to_tidy(export: Export) -> tuple[str, ...]:
     """Return the folders that a finished run has no more; one killed at its end has some left."""
-    return SCAFFOLDING if export is Export.dense else (*SCAFFOLDING, MODEL)
+    return SCAFFOLDING if EXPORTS[export].keeps_model else (*SCAFFOLDING, MODEL)
 
 
 def same_bits(tensor: Tensor, other: Tensor) -> bool:

@@ -1,33 +1,20 @@
-"""Walk the decoder blocks of any causal language model, without a line per architecture.
-
-The linears of a block are grouped by the tensor that they read (a site), seen by running the block;
-what an architecture adds is at most the path of its block list.
-"""
+"""One decoder block of a walk, with the hidden states that it reads."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
-from mi_experiments.llm.activations import Allocate
 from mi_experiments.llm.calls import Call, Stop
-from mi_experiments.llm.inventory import LinearView, take_inventory
+from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.matmul_hooks import on_input
-from mi_experiments.llm.replay import Stream, open_stream
-from mi_experiments.llm.sites import Site, find_sites
-from mi_experiments.llm.streaming import BlockWeights
-from mi_experiments.out_of_memory import until_it_fits
-
-NO_SHAPES = "the shapes in this model depend on its activations, so it has no dry run; run it"
+from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +28,7 @@ class Block:
         linears: The linears to compress, in the order of the module.
         sites: The same linears by the tensor that they read, in execution order.
         stream: The hidden states that the block reads.
+        hessian_bytes: See `Walker`.
     """
 
     index: int
@@ -49,6 +37,7 @@ class Block:
     linears: tuple[LinearView, ...]
     sites: tuple[Site, ...]
     stream: Stream
+    hessian_bytes: int | None = None
 
     def feed(
         self,
@@ -129,108 +118,5 @@ class Block:
             replace(site, linears=tuple(views[linear] for linear in site.linears))
             for site in self.sites
         )
-        return Block(self.index, self.name, module, tuple(views.values()), sites, stream)
-
-
-def walk_blocks(
-    model: PreTrainedModel,
-    tokens: Int[Tensor, "nsamples seqlen"],
-    *,
-    batch_size: int,
-    ignore: Sequence[str] = (),
-    path: str | None = None,
-    weights: BlockWeights | None = None,
-    allocate: Allocate | None = None,
-) -> Iterator[Block]:
-    """Yield the decoder blocks in order, each with the hidden states that it reads.
-
-    When the next block is asked for, the hidden states are taken through the present one as it then
-    is, so that later blocks see what compression has done. With unchanged weights they are, bit for
-    bit, those of the model run on the same batches.
-
-    Args:
-        model: A causal language model in eval mode.
-        tokens: Token ids; samples are not padded.
-        batch_size: Samples per forward pass; the last batch may be smaller.
-        ignore: Weights to leave as they are, see ``take_inventory``.
-        path: Path of the block list, see ``block_list``.
-        weights: Loads each block when its turn comes and drops it afterwards; None for a model that
-            holds all its weights.
-        allocate: Makes room for hidden states; by default where blocks run.
-
-    Raises:
-        ValueError: If the model is in training mode.
-    """
-    if model.training:
-        raise ValueError("the model must be in eval mode: dropout would make every pass different")
-    inventory = take_inventory(model, ignore=ignore, path=path)
-    path, modules = inventory.path, inventory.modules
-    with held(weights, 0):
-        stream = open_stream(model, path, modules, tokens, batch_size, allocate)
-    for index, module in enumerate(modules):
-        name = f"{path}.{index}"
-        with held(weights, index):
-            find = partial(find_sites, name, module, inventory.linears[index], stream)
-            sites = until_it_fits(find, stream.shrink)
-            # As the sites see them: running the block has shown which way round each one is.
-            views = {linear.name: linear for site in sites for linear in site.linears}
-            linears = tuple(views[linear.name] for linear in inventory.linears[index])
-            yield Block(index, name, module, linears, sites, stream)
-            stream.advance(name, module)
-
-
-@contextmanager
-def held(weights: BlockWeights | None, index: int) -> Iterator[None]:
-    """Let a block hold its weights for the length of a with statement."""
-    if weights is None:
-        yield
-        return
-    weights.load(index)
-    try:
-        yield
-    finally:
-        weights.drop(index)
-
-
-def describe_blocks(
-    model: PreTrainedModel, seqlen: int, *, ignore: Sequence[str] = (), path: str | None = None
-) -> list[Block]:
-    """List the blocks of a model that has shapes but no weights, for plans made before loading.
-
-    Args:
-        model: A causal language model on the meta device.
-        seqlen: Tokens per sample.
-        ignore: Weights to leave as they are, see ``take_inventory``.
-        path: Path of the block list, see ``block_list``.
-
-    Returns:
-        The blocks, with names, sites and dimensions; they cannot be fed.
-    """
-    tokens = torch.zeros(1, seqlen, dtype=torch.int64, device="meta")
-    try:
-        with _Shapes():  # type: ignore[no-untyped-call]
-            return list(walk_blocks(model, tokens, batch_size=1, ignore=ignore, path=path))
-    except NotImplementedError as error:
-        # What meta tensors say when their numbers are asked for.
-        raise InputError(NO_SHAPES) from error
-
-
-class _Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answer yes where a model without weights asks for a truth value.
-
-    The only such questions in a forward pass without padding are checks that nothing is masked.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run an operator, or answer in its place."""
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            if args[0].dtype != torch.bool:
-                raise InputError(NO_SHAPES)
-            return True
-        return func(*args, **(kwargs or {}))
+        linears = tuple(views.values())
+        return replace(self, module=module, linears=linears, sites=sites, stream=stream)

@@ -5,16 +5,13 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.blocks import held
 from mi_experiments.llm.calls import BlockOutput, replaced_blocks
-from mi_experiments.llm.replay import Stream, open_stream
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.walker import Walker
 
 PROBE_TOKENS = 8
 """Positions on which the tail is tried out before its logits are used."""
@@ -25,8 +22,7 @@ PROBE_TOLERANCE = 1e-3
 
 
 def compute_logits(
-    model: PreTrainedModel,
-    modules: nn.ModuleList,
+    walker: Walker,
     form: BlockOutput,
     hidden: Float[Tensor, "tokens hidden"],
     before: Float[Tensor, "tokens hidden"] | None = None,
@@ -34,8 +30,7 @@ def compute_logits(
     """Let the model make logits of what its last block returned.
 
     Args:
-        model: whose forward runs, with the blocks replaced by their answer.
-        modules: its blocks.
+        walker: the walker of the model, whose blocks are replaced by their answer.
         form: what a block returns.
         hidden: the last block's answer.
         before: the answer of the other blocks; the same by default.
@@ -46,22 +41,19 @@ def compute_logits(
 
     def respond(_: Tensor) -> Tensor:
         # A copy: some models go on in place, which must not change what the caller holds.
-        return (hidden if next(count) == len(modules) else earlier)[None].clone()
+        return (hidden if next(count) == len(walker.blocks) else earlier)[None].clone()
 
-    with replaced_blocks(modules, form, respond):
-        logits: Tensor = model(input_ids=placeholder, use_cache=False).logits
+    with replaced_blocks(walker.blocks, form, respond):
+        logits: Tensor = walker.model(input_ids=placeholder, use_cache=False).logits
     return logits[0]
 
 
 @torch.no_grad()
-def check_tail(
-    model: PreTrainedModel, modules: nn.ModuleList, stream: Stream, positions: int
-) -> None:
+def check_tail(walker: Walker, stream: Stream, positions: int) -> None:
     """Require that logits depend on the last block's output at their own position, and only on it.
 
     Args:
-        model: the model in evaluation mode.
-        modules: its blocks.
+        walker: the walker of the model.
         stream: hidden states to try it on, of any block.
         positions: the positions of the first sample that are tried.
 
@@ -71,14 +63,14 @@ def check_tail(
     probe = next(stream.samples())[:positions]
     half = len(probe) // 2
     other = probe.roll(1, -1)
-    whole = compute_logits(model, modules, stream.form, probe)
-    alone = compute_logits(model, modules, stream.form, probe[half:], before=other[half:])
+    whole = compute_logits(walker, stream.form, probe)
+    alone = compute_logits(walker, stream.form, probe[half:], before=other[half:])
     tolerance = PROBE_TOLERANCE * whole.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
     # Values that are not finite are the window's fault, which is reported with its number.
     if not torch.allclose(alone, whole[half:], rtol=0.0, atol=tolerance, equal_nan=True):
         raise InputError(
-            f"{type(model).__name__}: its logits cannot be computed in chunks, because they are "
-            "not a function of the last block's output alone"
+            f"{type(walker.model).__name__}: its logits cannot be computed in chunks, because they "
+            "are not a function of the last block's output alone"
         )
 
 
@@ -91,8 +83,7 @@ def _cross_entropy(
 
 
 def measure_token_nll(
-    model: PreTrainedModel,
-    modules: nn.ModuleList,
+    walker: Walker,
     form: BlockOutput,
     hidden: Float[Tensor, "tokens hidden"],
     window: Int64[Tensor, "tokens"],
@@ -101,8 +92,7 @@ def measure_token_nll(
     """Measure the nats that each token after the first costs given those before it.
 
     Args:
-        model: the model in evaluation mode; the caller decides about gradients.
-        modules: its blocks.
+        walker: the walker of the model; the caller decides about gradients.
         form: what a block returns.
         hidden: what the last block returned for the window.
         window: token ids, on the same device.
@@ -113,33 +103,23 @@ def measure_token_nll(
     for start in range(0, len(targets), logits_chunk):
         chunk = slice(start, start + logits_chunk)
         # The logits have no name here, so that they are gone before the next ones are computed.
-        nll[chunk] = _cross_entropy(
-            compute_logits(model, modules, form, inputs[chunk]), targets[chunk]
-        )
+        nll[chunk] = _cross_entropy(compute_logits(walker, form, inputs[chunk]), targets[chunk])
     return nll
 
 
 def open_wave(
-    model: PreTrainedModel,
-    path: str,
-    modules: nn.ModuleList,
+    walker: Walker,
     windows: Sequence[Int64[Tensor, "_"]],
     wave: Sequence[Sequence[int]],
     batch_tokens: int,
-    weights: BlockWeights | None,
-    allocate: Allocate | None,
 ) -> list[Stream]:
     """Open a stream for the windows of each length in a wave."""
-    with held(weights, 0):
+    with walker.hold(0):
         return [
-            open_stream(
-                model,
-                path,
-                modules,
+            walker.open_stream(
                 torch.stack([windows[i] for i in group]),
-                max(1, batch_tokens // len(windows[group[0]])),
-                allocate,
-                [describe(windows, i) for i in group],
+                batch_size=max(1, batch_tokens // len(windows[group[0]])),
+                names=[describe(windows, i) for i in group],
             )
             for group in wave
         ]

@@ -4,7 +4,7 @@ Each block is called with the arguments that the model itself passed to it (`cal
 states that the block before it returned.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,14 +16,7 @@ from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError, MemoryShortage
 from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.calls import (
-    BlockOutput,
-    Call,
-    check_replayable,
-    observe_output,
-    record_calls,
-    run_to_first_block,
-)
+from mi_experiments.llm.calls import BlockOutput, Call
 from mi_experiments.llm.nonfinite import FiniteCheck
 from mi_experiments.out_of_memory import REMEDY, note_retry, until_it_fits
 
@@ -118,71 +111,6 @@ class Stream:
         self.finite.check_(output, start, f"the output of {name}", (name, module))
         self.hidden[start : start + len(output)].copy_(output)
         return len(output)
-
-
-def open_stream(
-    model: PreTrainedModel,
-    path: str,
-    modules: nn.ModuleList,
-    tokens: Int[Tensor, "nsamples seqlen"],
-    batch_size: int,
-    allocate: Allocate | None = None,
-    names: Sequence[str] | None = None,
-    dropped: dict[int, str] | None = None,
-) -> Stream:
-    """Compute what the first block reads for all samples, and how the model calls each block.
-
-    Only the first block must hold its weights.
-
-    Args:
-        model: A causal language model.
-        path: Path of its blocks, for messages.
-        modules: Its blocks.
-        tokens: Token ids.
-        batch_size: Samples per forward pass.
-        allocate: Makes room for hidden states; by default where blocks run.
-        names: What messages call the samples; ``sample 0`` and so on by default.
-        dropped: Takes, here and later, the samples that are not finite and where they were found;
-            zeros go on in their place. None: such a sample is an error.
-
-    Raises:
-        InputError: If a sample is longer or a token larger than the model allows, or an argument of
-            a block depends on the tokens: then a block cannot be replayed alone.
-        NumericalError: If a sample is not finite.
-    """
-    check_tokens(model, tokens)
-    finite = FiniteCheck(names or [f"sample {index}" for index in range(len(tokens))], dropped)
-    form = observe_output(model, modules, tokens[:1])
-    calls: dict[int, list[Call]] = {}
-    hidden: Tensor | None = None
-
-    def record(size: int) -> list[Call]:
-        batch = tokens[:size]
-        found = record_calls(model, path, modules, batch, form)
-        # The same tokens in another order must lead to the same arguments in every block.
-        others = record_calls(model, path, modules, batch.flip(-1), form)
-        check_replayable(path, found, others)
-        return found
-
-    for start in range(0, len(tokens), batch_size):
-        batch = tokens[start : start + batch_size]
-        if len(batch) not in calls:
-            calls[len(batch)] = record(len(batch))
-        entering, call = run_to_first_block(model, modules, batch)
-        check_replayable(path, calls[len(batch)][:1], [call])
-        finite.check_(entering, start, f"the input of {path}.0")
-        if hidden is None:
-            allocate = allocate or partial(_allocate_beside, entering)
-            hidden = allocate((len(tokens), *entering.shape[1:]), entering.dtype)
-        hidden[start : start + len(batch)] = entering
-    if hidden is None or allocate is None:
-        raise ValueError("there is no sample")
-    return Stream(hidden, batch_size, calls, record, form, entering.device, allocate, finite)
-
-
-def _allocate_beside(tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Make room for hidden states where a tensor is."""
-    return tensor.new_empty(*shape, dtype=dtype)
 
 
 def check_tokens(model: PreTrainedModel, tokens: Int[Tensor, "nsamples seqlen"]) -> None:

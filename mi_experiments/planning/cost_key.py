@@ -2,7 +2,8 @@
 
 Site costs are a function of the model, the calibration tokens and these fields. What measures them
 gets a config that has no other fields: a field that is missing here cannot be read, and so makes no
-silent difference between two jobs that share a file.
+silent difference between two jobs that share a file. What the `Walker` of a run takes from the
+config and may move a bit (`model.ignore`, `model.blocks`, `dataset.batch_size`) is listed too.
 """
 
 from dataclasses import replace

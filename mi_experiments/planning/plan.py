@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mi_experiments.calibration.hessians import (
     check_weights,
@@ -22,10 +21,7 @@ from mi_experiments.calibration.hessians import (
 )
 from mi_experiments.config.config import Config
 from mi_experiments.config.method import Allocation
-from mi_experiments.llm.activations import Allocate
-from mi_experiments.llm.blocks import walk_blocks
-from mi_experiments.llm.inventory import take_inventory
-from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.information import InformationSummary
 from mi_experiments.method.pruning import Sparsity
@@ -128,27 +124,21 @@ class Plan:
 
 
 def plan_compression(
-    model: PreTrainedModel,
+    walker: Walker,
     calibration: Int[Tensor, "nsamples seqlen"],
     config: Config,
     on_block: Callable[[str], None] = lambda name: None,
     *,
-    weights: BlockWeights | None = None,
-    allocate: Allocate | None = None,
-    hessian_bytes: int | None = None,
     commits: Commits | None = None,
 ) -> Plan:
     """Group the channels of every site, and allocate the bit budget and the pruned weights.
 
     Args:
-        model: the dense model; not changed.
+        walker: the walker of the dense model, which is not changed.
         calibration: token ids.
         config: the config of the run.
         on_block: called with the name of each block when its costs are measured, and before that
             when `measure_plan_fisher` passes it; see `count_steps`.
-        weights: loads each block when its turn comes; None for a model that holds all its weights.
-        allocate: makes room for hidden states; by default where blocks run.
-        hessian_bytes: bytes that Hessians measured in one pass may take; None for no limit.
         commits: keep and give back the Fisher information, and the costs of finished blocks.
 
     Returns:
@@ -160,38 +150,20 @@ def plan_compression(
         NumericalError: weights or activations that are not finite, or a Hessian that cannot be
             factorized.
     """
-    inventory = take_inventory(model, ignore=config.model.ignore, path=config.model.blocks)
-    for present in inventory.linears:
+    for present in walker.inventory.linears:
         check_weights(present)
         for linear in present:
             config.n_groups.check_count(linear.columns, linear.name)
     narrowed = cost_config(config)
-    finished = read_block_costs(commits, len(inventory.modules))
-    if len(finished) < len(inventory.modules):
+    finished = read_block_costs(commits, len(walker.blocks))
+    if len(finished) < len(walker.blocks):
         fisher = measure_plan_fisher(
-            model,
-            calibration,
-            narrowed,
-            weights=weights,
-            allocate=allocate,
-            commits=commits,
-            on_block=on_block,
+            walker, calibration, narrowed, commits=commits, on_block=on_block
         )
         activations = narrowed.needs_activations
-        walk = walk_blocks(
-            model,
-            calibration if activations else calibration[:1, :2],
-            batch_size=narrowed.dataset.batch_size,
-            ignore=tuple(narrowed.model.ignore),
-            path=narrowed.model.blocks,
-            weights=weights,
-            allocate=allocate,
-        )
-        for block in walk:
+        for block in walker.walk(calibration if activations else calibration[:1, :2]):
             if block.index not in finished:
-                finished[block.index] = measure_block_costs(
-                    block, fisher, activations, narrowed, hessian_bytes
-                )
+                finished[block.index] = measure_block_costs(block, fisher, activations, narrowed)
                 if commits is not None and activations:
                     commits.commit({block_costs_name(block.index): finished[block.index].stored()})
             on_block(block.name)

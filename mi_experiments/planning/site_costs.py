@@ -209,13 +209,12 @@ def measure_block_costs(
     fisher: Mapping[str, Float[Tensor, "_"]],
     activations: bool,
     config: Config,
-    hessian_bytes: int | None = None,
 ) -> BlockCosts:
     """Group the channels of a block's sites and measure what every group costs at every width."""
     linears: list[LinearCosts] = []
     information: dict[str, InformationSummary] = {}
     check_weights(block.linears)
-    for sites in in_passes(block.sites, hessian_bytes if activations else None):
+    for sites in in_passes(block, block.sites) if activations else [list(block.sites)]:
         hessians = measure_hessians(block, sites, config) if activations else {}
         if activations and config.recipe.scarce_tokens is ScarceTokens.keep:
             least = config.recipe.min_tokens

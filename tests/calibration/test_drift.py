@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mi_experiments.calibration.drift import DensePair, find_writers
-from mi_experiments.llm.blocks import Block, walk_blocks
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.walker import Walker
 
 WRITERS = {
     "llama": ["self_attn.o_proj", "mlp.down_proj"],
@@ -32,7 +33,7 @@ WRITERS = {
 
 def walk_until(model: Any, tokens: torch.Tensor, index: int) -> Iterator[Block]:
     """Walk to a block, and stay there."""
-    for block in walk_blocks(model, tokens, batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tokens):
         yield block
         if block.index == index:
             return
@@ -56,7 +57,7 @@ def test_unchanged_blocks_do_not_drift(
 ) -> None:
     model = tiny_model(name)
     stream = None
-    for block in walk_blocks(model, tiny_tokens(3, 12), batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tiny_tokens(3, 12)):
         pair = DensePair.open(block, stream)
         for site in block.sites:
             if site.routed:
@@ -73,7 +74,7 @@ def test_both_models_are_what_plain_forwards_see(
     tokens = tiny_tokens(2, 12)
     dense, compressed = tiny_model("llama"), tiny_model("llama")
     stream = None
-    for block in walk_blocks(compressed, tokens, batch_size=2):
+    for block in Walker(compressed, batch_size=2).walk(tokens):
         pair = DensePair.open(block, stream)
         for linear in block.linears:
             linear.write_weight(linear.read_weight() * 0.9)
@@ -99,7 +100,7 @@ def test_the_drift_is_that_of_the_residual_stream(
 ) -> None:
     tokens = tiny_tokens(2, 12)
     model = tiny_model("llama")
-    block = next(walk_blocks(model, tokens, batch_size=2))
+    block = next(Walker(model, batch_size=2).walk(tokens))
     pair = DensePair.open(block, None)
     attention = next(linear for linear in block.linears if linear.name.endswith("o_proj"))
     dense_weight = attention.read_weight()
@@ -140,7 +141,7 @@ def test_experts_drift_into_what_is_added_after_them(
 def test_experts_are_not_paired(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Any]
 ) -> None:
-    block = next(walk_blocks(tiny_model("mixtral"), tiny_tokens(2, 12), batch_size=2))
+    block = next(Walker(tiny_model("mixtral"), batch_size=2).walk(tiny_tokens(2, 12)))
     pair = DensePair.open(block, None)
     with pytest.raises(ValueError, match=r"gate_up_proj\.0 reads other tokens"):
         next(pair.observe(block.sites[-8]))

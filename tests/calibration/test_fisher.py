@@ -1,6 +1,7 @@
 """The Fisher information equals brute force given the labels, and its closed form over them."""
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import math
@@ -25,10 +26,11 @@ from mi_experiments.calibration.fisher import (
 )
 from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.llm.activations import Place, allocator
-from mi_experiments.llm.inventory import Inventory, LinearView, take_inventory
+from mi_experiments.llm.inventory import LinearView, take_inventory
 from mi_experiments.llm.loading import load_model, open_model
 from mi_experiments.llm.matmul_hooks import replace_output
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 
 EXACT = 1e-10  # relative, in float64: two ways to the same gradient differ by rounding alone
 SEED = 3
@@ -74,8 +76,9 @@ def build_direct(kind: Callable[..., nn.Linear] = nn.Linear) -> Direct:
     return Direct(embeddings, weight, kind)
 
 
-def measure(model: PreTrainedModel, tokens: Tensor, seed: int = SEED, **options: Any) -> dict:
-    return measure_fisher(model, tokens, take_inventory(model), seed=seed, **options)
+def measure(model: PreTrainedModel, tokens: Tensor, seed: int = SEED, **how: Any) -> dict:
+    on_block = how.pop("on_block", None)
+    return measure_fisher(Walker(model, **how), tokens, seed=seed, on_block=on_block)
 
 
 def labels_of(model: PreTrainedModel, sample: Tensor, seed: int = SEED) -> Tensor:
@@ -431,15 +434,16 @@ def test_refuses_what_has_no_answer(tiny_model: Builder, tiny_tokens: Builder) -
     model, tokens = tiny_model("llama"), tiny_tokens(2, 4)
     with pytest.raises(ValueError, match="no token"):
         measure(model, tokens[:0])
-    with pytest.raises(ValueError, match="eval mode"):
+    with pytest.raises(ValueError, match="training mode"):
         measure(model.train(), tokens)
     model.eval()
     idle = LinearView("model.idle", nn.Linear(2, 3))
-    inventory = take_inventory(model)
-    first, second = inventory.linears
-    unread = Inventory(inventory.path, inventory.modules, (first, (*second, idle)), {})
+    walker = Walker(model)
+    first, second = walker.inventory.linears
+    unread = dataclasses.replace(walker.inventory, linears=(first, (*second, idle)))
+    vars(walker)["inventory"] = unread
     with pytest.raises(InputError, match=r"reaches 1 linears, model\.idle"):
-        measure_fisher(model, tokens, unread, seed=SEED)
+        measure_fisher(walker, tokens, seed=SEED)
     with pytest.raises(InputError, match="beyond the 128 embeddings"):
         measure(model, tokens + 1000)
     model.model.embed_tokens.weight[int(tokens[1, -1])] = math.nan

@@ -20,17 +20,15 @@ from mi_experiments.experiment.memory_plan import (
     traffic,
 )
 from mi_experiments.llm.activations import Place, allocator
-from mi_experiments.llm.blocks import describe_blocks
-from mi_experiments.llm.inventory import block_list
 from mi_experiments.llm.loading import load_model, open_model
-from mi_experiments.llm.replay import open_stream
+from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.plan import Plan, count_steps, plan_compression
 
 REQUEST: dict[str, Any] = {"revision": None, "dtype": "auto", "device": "cpu", "offline": True}
 FISHER = (
     "wbits.cost=fisher", "wbits.scope=model", "wbits.fisher_samples=3", "wbits.average=3",
-    "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+    "n_groups.count=2", "n_groups.multiple=1",
     "sparsity.scope=linear",
 )  # fmt: skip
 
@@ -47,23 +45,25 @@ def test_a_streamed_plan_is_the_resident_one(
     dense: Any, tiny_directory: Path, tiny_tokens: Callable[..., Tensor], tmp_path: Path
 ) -> None:
     tokens, config = tiny_tokens(6, 16), config_of()
-    resident = plan_compression(dense, tokens, config)
+    resident = plan_compression(Walker(dense), tokens, config)
     opened = open_model(str(tiny_directory), **REQUEST)
     seen: list[str] = []
     streamed = plan_compression(
-        opened.model,
+        Walker(
+            opened.model,
+            weights=opened.weights,
+            allocate=allocator(Place.disk, torch.device("cpu"), tmp_path),
+        ),
         tokens,
         config,
         seen.append,
-        weights=opened.weights,
-        allocate=allocator(Place.disk, torch.device("cpu"), tmp_path),
         commits=Commits(tmp_path, {}),
     )
     assert streamed.sha256() == resident.sha256()
     assert len(seen) == count_steps(2, config) == 6
     assert all(p.is_meta for p in opened.weights.blocks.parameters())
     # The loss has had its say: by output error alone the same budget is spent otherwise.
-    other = plan_compression(dense, tokens, config_of("wbits.cost=distortion"))
+    other = plan_compression(Walker(dense), tokens, config_of("wbits.cost=distortion"))
     assert other.sha256() != resident.sha256()
     widths = {int(width) for linear in resident.linears.values() for width in linear.bits}
     assert len(widths) > 1
@@ -76,7 +76,7 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tokens, config = tiny_tokens(6, 16), config_of()
-    expected = plan_compression(dense, tokens, config)
+    expected = plan_compression(Walker(dense), tokens, config)
     measured: list[int] = []
     real = hessians.measure_fisher
 
@@ -93,7 +93,7 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
             if len(seen) == stop_at:
                 raise ResumableError("stopped")
 
-        return plan_compression(dense, tokens, config, stop, commits=Commits(tmp_path, {}))
+        return plan_compression(Walker(dense), tokens, config, stop, commits=Commits(tmp_path, {}))
 
     # In the middle of it nothing is kept; after it, and after the costs of a block, everything.
     for stop_at, times in ((2, 1), (2 + 5, 2)):
@@ -106,7 +106,7 @@ def test_a_resumed_plan_does_not_measure_the_loss_again(
     other = tmp_path / "other"
     other.mkdir()
     commits = Commits(other, {})
-    plan_compression(dense, tokens, config_of("wbits.cost=distortion"), commits=commits)
+    plan_compression(Walker(dense), tokens, config_of("wbits.cost=distortion"), commits=commits)
     assert not (other / hessians.FISHER).exists()
     assert (tmp_path / hessians.FISHER).exists()
     assert len(measured) == 2
@@ -131,7 +131,7 @@ def test_planned_memory_holds_the_larger_of_both_phases(
         "recipe=textbook", "dataset.nsamples=6", "dataset.seqlen=16", "model.dtype=float32", *choice
     )
     model = tiny_model("gemma3", device="meta")
-    needs = measure_needs(model, describe_blocks(model, 16), config)
+    needs = measure_needs(model, Walker(model).describe_blocks(16), config)
     assert needs.activations == kept * 16 * 32 * 4
 
 
@@ -142,9 +142,9 @@ def test_the_planned_room_for_a_backward_pass_is_enough(
     seqlen = 64
     for name, active in (("llama", None), ("gpt2", None), ("gemma3", None), ("qwen3_moe", 2)):
         model = tiny_model(name, hidden_size=128, intermediate_size=384)
-        blocks = describe_blocks(
-            tiny_model(name, device="meta", hidden_size=128, intermediate_size=384), seqlen
-        )
+        blocks = Walker(
+            tiny_model(name, device="meta", hidden_size=128, intermediate_size=384)
+        ).describe_blocks(seqlen)
         parameters = {p.untyped_storage()._cdata for p in model.parameters()}
         kept: dict[int, int] = {}
 
@@ -154,11 +154,10 @@ def test_the_planned_room_for_a_backward_pass_is_enough(
                 kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        path, modules = block_list(model)
-        stream = open_stream(model, path, modules, tiny_tokens(1, seqlen), 1)
+        stream = Walker(model).open_stream(tiny_tokens(1, seqlen))
         _, hidden, call = next(stream.batches())
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            output = call.replay(modules[0], hidden.detach().requires_grad_())
+            output = call.replay(Walker(model).blocks[0], hidden.detach().requires_grad_())
         assert output.requires_grad
         planned = GRAPH_COPIES * traffic(blocks[0], active) * seqlen * 4
         assert planned / 4 < sum(kept.values()) < planned, name
@@ -166,7 +165,7 @@ def test_the_planned_room_for_a_backward_pass_is_enough(
 
 def test_kept_inputs_go_where_there_is_room(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama", device="meta")
-    blocks = describe_blocks(model, 16)
+    blocks = Walker(model).describe_blocks(16)
     size = ("dataset.nsamples=240000", "dataset.seqlen=16", "wbits.fisher_samples=240000")
     places = {}
     for cost in ("distortion", "fisher"):

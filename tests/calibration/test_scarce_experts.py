@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mi_experiments.calibration.scarce_experts import feed_all_tokens
 from mi_experiments.errors import InputError
-from mi_experiments.llm.blocks import Block, walk_blocks
+from mi_experiments.llm.blocks import Block
+from mi_experiments.llm.walker import Walker
 
 Builder = Callable[..., Any]
 SEQLEN = 12
@@ -46,7 +47,7 @@ def test_every_token_passes_every_expert_once(
     name: str, tiny_model: Builder, tiny_tokens: Builder
 ) -> None:
     model, tokens = tiny_model(name), tiny_tokens(5, SEQLEN)
-    for block in walk_blocks(model, tokens, batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tokens):
         if not any(site.routed for site in block.sites):
             continue
         experts = block.module.mlp.experts
@@ -77,7 +78,7 @@ def test_experts_without_tokens_have_sites_and_are_shown_all(
     tiny_model: Builder, tiny_tokens: Builder
 ) -> None:
     model, tokens = rare_experts(tiny_model), tiny_tokens(4, SEQLEN)
-    for block in walk_blocks(model, tokens, batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tokens):
         assert [site.name for site in block.sites[-8:]] == [
             f"mlp.experts.{kind}.{expert}"
             for kind in ("gate_up_proj", "down_proj")
@@ -107,20 +108,20 @@ def test_experts_without_tokens_have_sites_and_are_shown_all(
 def test_what_cannot_be_shown_all_tokens_is_refused(
     tiny_model: Builder, tiny_tokens: Builder
 ) -> None:
-    block = next(walk_blocks(tiny_model("mixtral"), tiny_tokens(2, SEQLEN), batch_size=2))
+    block = next(Walker(tiny_model("mixtral"), batch_size=2).walk(tiny_tokens(2, SEQLEN)))
     with pytest.raises(ValueError, match=r"\['mlp\.gate'\] read every token"):
         feed_all_tokens(block, block.sites[2:], lambda site, x: None)
-    block = next(walk_blocks(tiny_model("llama4"), tiny_tokens(2, SEQLEN), batch_size=2))
+    block = next(Walker(tiny_model("llama4"), batch_size=2).walk(tiny_tokens(2, SEQLEN)))
     routed = [site for site in block.sites if site.routed]
     with pytest.raises(
         InputError, match=r"experts\.gate_up_proj\.0 cannot be calibrated on all tokens"
     ):
         feed_all_tokens(block, routed, lambda site, x: None)
-    block = next(walk_blocks(tiny_model("mixtral"), tiny_tokens(2, SEQLEN), batch_size=2))
+    block = next(Walker(tiny_model("mixtral"), batch_size=2).walk(tiny_tokens(2, SEQLEN)))
     block.module.mlp.experts.forward = lambda hidden, chosen, shares: hidden
     with pytest.raises(InputError, match=r"down_proj\.3 cannot be calibrated on all tokens"):
         feed_all_tokens(block, block.sites[-1:], lambda site, x: None)
-    walk = walk_blocks(tiny_model("mixtral"), tiny_tokens(2, SEQLEN), batch_size=2)
+    walk = Walker(tiny_model("mixtral"), batch_size=2).walk(tiny_tokens(2, SEQLEN))
     first, _ = next(walk), next(walk)
     with pytest.raises(RuntimeError, match=r"the walk has left model\.layers\.0"):
         feed_all_tokens(first, first.sites[-1:], lambda site, x: None)

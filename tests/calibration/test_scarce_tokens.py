@@ -12,7 +12,7 @@ from mi_experiments.compression.pipeline import CompressedLinear, compress_model
 from mi_experiments.compression.totals import check_budget
 from mi_experiments.config.config import Config
 from mi_experiments.errors import NumericalError
-from mi_experiments.llm.blocks import walk_blocks
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.hessian import HessianAccumulator
 from mi_experiments.planning.plan import plan_compression
 
@@ -25,8 +25,6 @@ def config_of(*overrides: str) -> Config:
     base = [
         "n_groups.multiple=1",
         "n_groups.count=2",
-        "dataset.batch_size=2",
-        "model.ignore=['*.mlp.gate']",
         "sparsity.scope=linear",
     ]
     return composed.config_of(*overrides, base=base)
@@ -46,8 +44,9 @@ def starved(tiny_model: Builder) -> Any:
 
 
 def run(model: Any, tokens: torch.Tensor, config: Config) -> dict[str, CompressedLinear]:
-    plan = plan_compression(model, tokens, config)
-    blocks = compress_model(model, tokens, plan, config)
+    walker = Walker(model, ignore=["*.mlp.gate"], batch_size=2)
+    plan = plan_compression(walker, tokens, config)
+    blocks = compress_model(walker, tokens, plan, config)
     linears = {linear.report.name: linear for block in blocks for linear in block.linears}
     check_budget([linear.report for linear in linears.values()], plan)
     return linears
@@ -81,7 +80,7 @@ def test_all_tokens_calibrate_an_expert_that_sees_none(starved: Any, tiny_tokens
 def test_all_tokens_are_those_that_enter_the_experts(starved: Any, tiny_tokens: Builder) -> None:
     """The Hessian of a starved expert is 2/n XᵀX over every token, by an independent hook."""
     config, tokens = config_of(), tiny_tokens(4, 16)
-    block = next(walk_blocks(starved, tokens, batch_size=2))
+    block = next(Walker(starved, batch_size=2).walk(tokens))
     entered: list[torch.Tensor] = []
     experts_module = block.module.mlp.experts
     handle = experts_module.register_forward_pre_hook(lambda m, args: entered.append(args[0]))
@@ -124,7 +123,7 @@ def test_the_least_number_of_tokens_decides(starved: Any, tiny_tokens: Builder) 
     """64 tokens are enough for 64 and too few for 65; ordinary linears do not mind."""
     tokens = tiny_tokens(4, 16)
     for least, all_tokens in ((64, set(STARVED)), (65, {0, 1, 2, 3})):
-        block = next(walk_blocks(starved, tokens, batch_size=2))
+        block = next(Walker(starved, batch_size=2).walk(tokens))
         config = config_of(f"recipe.min_tokens={least}")
         hessians = measure_hessians(block, block.sites, config)
         scarce = measure_scarce(block, hessians, block.sites, config)

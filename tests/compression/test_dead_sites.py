@@ -9,6 +9,7 @@ from faulty_models import compress, config_of
 from seldom import seldom
 from tiny_models import build_tiny_model
 
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.plan import plan_compression
 
 O_PROJ, DOWN_PROJ = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
@@ -111,7 +112,7 @@ def test_untouched_linears_need_no_signal(tokens: torch.Tensor) -> None:
 
 def test_the_budget_of_the_others_is_spent_among_them(tokens: torch.Tensor) -> None:
     config = config_of("wbits.scope=model", "wbits.average=3.5", "wbits.cost=distortion")
-    made = plan_compression(build_dead("self_attn.v_proj"), tokens, config)
+    made = plan_compression(Walker(build_dead("self_attn.v_proj")), tokens, config)
     assert set(made.linears[O_PROJ].bits.tolist()) == {3}
     others = [linear for name, linear in made.linears.items() if name != O_PROJ]
     spent = sum(linear.rows * int(linear.bits.sum()) for linear in others)

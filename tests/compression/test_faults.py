@@ -29,6 +29,7 @@ from mi_experiments.compression import compress_linear
 from mi_experiments.compression.totals import check_budget, check_fallbacks
 from mi_experiments.errors import AuditError, InputError, NumericalError, SingularError
 from mi_experiments.llm.nonfinite import FiniteCheck
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.plan import plan_compression
 from mi_experiments.records.result import Bits
 
@@ -94,7 +95,7 @@ def test_a_skipped_linear_counts_what_it_is_and_the_others_keep_their_budget(
 ) -> None:
     model = build_singular()
     overrides = [*PRICED, f"wbits.scope={scope}", "recipe.on_singular=skip"]
-    made = plan_compression(model, tokens, config_of(*overrides))
+    made = plan_compression(Walker(model), tokens, config_of(*overrides))
     reports = [linear.report for linear in compress(model, tokens, overrides, made).values()]
     bits = check_budget(reports, made)
     by_hand = sum(
@@ -111,9 +112,11 @@ def test_a_skipped_linear_counts_what_it_is_and_the_others_keep_their_budget(
 def test_what_the_plan_is_made_from_is_damped_as_the_recipe_says(tokens: torch.Tensor) -> None:
     model = build_singular()
     with pytest.raises(SingularError, match=r"block 1, mlp.down_proj: .* damping 0.0: smallest"):
-        plan_compression(model, tokens, config_of(*PRICED, "recipe.on_singular=error"))
+        plan_compression(Walker(model), tokens, config_of(*PRICED, "recipe.on_singular=error"))
     for policy in ("escalate", "skip"):
-        made = plan_compression(model, tokens, config_of(*PRICED, f"recipe.on_singular={policy}"))
+        made = plan_compression(
+            Walker(model), tokens, config_of(*PRICED, f"recipe.on_singular={policy}")
+        )
         damping = {site: item.damping for site, item in made.information.items()}
         assert damping.pop(SINGULAR) == 1e-4
         assert set(damping.values()) == {0.0}
@@ -415,7 +418,7 @@ def test_a_dead_channel_of_an_untouched_linear_stays(tokens: torch.Tensor) -> No
 
 def test_one_weight_under_two_names_is_refused_with_both(tokens: torch.Tensor) -> None:
     model = build_tiny_model("llama")
-    made = plan_compression(model, tokens, config_of(*BLIND))
+    made = plan_compression(Walker(model), tokens, config_of(*BLIND))
     first, second = (f"model.layers.{i}.mlp.up_proj" for i in (0, 1))
     model.get_submodule(second).weight = model.get_submodule(first).weight
     before = bits_of(model)
@@ -426,7 +429,7 @@ def test_one_weight_under_two_names_is_refused_with_both(tokens: torch.Tensor) -
 
 def test_a_module_that_runs_twice_in_one_pass_is_refused_by_name(tokens: torch.Tensor) -> None:
     model = build_tiny_model("llama")
-    made = plan_compression(model, tokens, config_of(*BLIND))
+    made = plan_compression(Walker(model), tokens, config_of(*BLIND))
     mlp = model.get_submodule("model.layers.0.mlp")
     forward = mlp.forward
     mlp.forward = lambda hidden: forward(hidden) + forward(hidden)

@@ -14,6 +14,7 @@ from mi_experiments.calibration import hessians, measure_sites
 from mi_experiments.compression import factorize_site
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
 from mi_experiments.config.config import Config
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning import site_costs
 from mi_experiments.planning.plan import Plan, plan_compression
 
@@ -22,7 +23,7 @@ ARCHITECTURES = ["llama", "qwen3", "opt", "gemma3", "gpt2", "gpt_neox"]
 
 def config_of(*overrides: str) -> Config:
     small = [
-        "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+        "n_groups.count=2", "n_groups.multiple=1",
         "sparsity.scope=linear", "wbits.scope=linear", "wbits.cost=distortion",
     ]  # fmt: skip
     return composed.config_of(*overrides, base=small)
@@ -30,14 +31,14 @@ def config_of(*overrides: str) -> Config:
 
 def compressed(model: Any, tokens: torch.Tensor, *overrides: str) -> list[CompressedLinear]:
     config = config_of(*overrides)
-    return compress_all(model, tokens, plan_compression(model, tokens, config), config)
+    return compress_all(model, tokens, plan_compression(Walker(model), tokens, config), config)
 
 
 def compress_all(
     model: Any, tokens: torch.Tensor, made: Plan, config: Config
 ) -> list[CompressedLinear]:
     """Return the linears of all blocks, whose weights stay in the model."""
-    blocks = list(compress_model(model, tokens, made, config))
+    blocks = list(compress_model(Walker(model, batch_size=8), tokens, made, config))
     assert [block.index for block in blocks] == list(range(len(blocks)))
     return [linear for block in blocks for linear in block.linears]
 
@@ -116,7 +117,7 @@ def test_true_sequential_linears_read_what_compressed_ones_give(
         seen.update({f"{block.name}.{name}": found.matrix for name, found in hessians.items()})
         return hessians
 
-    made = plan_compression(model, tokens, config)
+    made = plan_compression(Walker(model), tokens, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure_sites, "measure_hessians", spy)
         compress_all(model, tokens, made, config)
@@ -141,7 +142,7 @@ def test_without_a_share_it_is_the_one_that_suits_the_tokens(
     other: float,
 ) -> None:
     """Whatever the site of this model, 4 × 16 tokens are few and 96 × 16 enough."""
-    blind = ["wbits=uniform", "n_groups=contiguous", "dataset.batch_size=32"]
+    blind = ["wbits=uniform", "n_groups=contiguous"]
     tokens, weights = tiny_tokens(nsamples, 16), {}
     for value in ("null", share, other):
         overrides = [f"recipe.input_correction={value}", "recipe.residual_correction=0", *blind]
@@ -157,7 +158,7 @@ def test_mixed_widths_are_those_of_the_plan(
 ) -> None:
     model = tiny_model("llama")
     config = config_of("wbits.average=3.5", "wbits.scope=model", "wbits.cost=relative")
-    made = plan_compression(model, tokens, config)
+    made = plan_compression(Walker(model), tokens, config)
     for linear in compress_all(model, tokens, made, config):
         assert torch.equal(linear.grids["bits"], made.linears[linear.report.name].bits)
 
@@ -177,7 +178,7 @@ def test_every_scope_spends_its_budget_to_less_than_one_group(
     scope: str, average: str, tiny_model: Callable[..., Any], tokens: torch.Tensor
 ) -> None:
     config = config_of(f"wbits.scope={scope}", f"wbits.average={average}", "wbits.cost=relative")
-    made = plan_compression(tiny_model("llama"), tokens, config)
+    made = plan_compression(Walker(tiny_model("llama")), tokens, config)
     shares: dict[object, list[Any]] = {}
     for name, linear in made.linears.items():
         key = {"linear": name, "site": linear.site, "model": None}[scope]
@@ -199,7 +200,7 @@ def test_every_scope_spends_its_budget_to_less_than_one_group(
 
 
 def test_groups_belong_to_the_site(tiny_model: Callable[..., Any], tokens: torch.Tensor) -> None:
-    made = plan_compression(tiny_model("llama"), tokens, config_of())
+    made = plan_compression(Walker(tiny_model("llama")), tokens, config_of())
     by_site: dict[str, list[torch.Tensor]] = {}
     for linear in made.linears.values():
         by_site.setdefault(linear.site, []).append(linear.channel_group)
@@ -217,7 +218,7 @@ def test_uniform_widths_on_controls_need_no_pass(
 ) -> None:
     monkeypatch.setattr(site_costs, "measure_hessians", lambda *_: pytest.fail("measured"))
     config = config_of("wbits=uniform", f"n_groups={grouping}")
-    made = plan_compression(tiny_model("llama"), tokens, config)
+    made = plan_compression(Walker(tiny_model("llama")), tokens, config)
     assert all((linear.bits == 4).all() for linear in made.linears.values())
     assert made.information == {}
 
@@ -225,7 +226,7 @@ def test_uniform_widths_on_controls_need_no_pass(
 def test_a_plan_has_a_hash_of_all_it_decides(
     tiny_model: Callable[..., Any], tokens: torch.Tensor
 ) -> None:
-    made = plan_compression(tiny_model("llama"), tokens, config_of())
+    made = plan_compression(Walker(tiny_model("llama")), tokens, config_of())
     name, linear = next(iter(made.linears.items()))
     bits = linear.bits.clone()
     bits[0] += 1
@@ -233,7 +234,7 @@ def test_a_plan_has_a_hash_of_all_it_decides(
         made, linears=made.linears | {name: dataclasses.replace(linear, bits=bits)}
     )
     assert changed.sha256() != made.sha256()
-    again = plan_compression(tiny_model("llama"), tokens, config_of())
+    again = plan_compression(Walker(tiny_model("llama")), tokens, config_of())
     assert again.sha256() == made.sha256()
 
 

@@ -25,6 +25,7 @@ from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.errors import AuditError, NumericalError
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.loading import open_model
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.plan import plan_compression
 
 RATIOS = [0.0, 0.25, 0.5, 0.99, 1.0]
@@ -202,14 +203,14 @@ def test_weights_that_are_not_finite_are_refused_before_any_sweep(
     name: str, value: float, tokens: torch.Tensor
 ) -> None:
     model = build_tiny_model("llama")
-    made = plan_compression(model, tokens, config_of(*BLIND))
+    made = plan_compression(Walker(model), tokens, config_of(*BLIND))
     model.get_submodule(name).weight[2, 3] = value
     before = bits_of(model)
     with pytest.raises(NumericalError, match=f"^1 of \\d+ weights of {name} are not finite"):
         compress(model, tokens, BLIND, made)
     assert changed(before, model) == set()
     with pytest.raises(NumericalError, match=f"^1 of \\d+ weights of {name} are not finite"):
-        plan_compression(model, tokens, config_of())
+        plan_compression(Walker(model), tokens, config_of())
 
 
 def test_a_streamed_block_is_looked_at_before_its_first_sweep(
@@ -218,19 +219,18 @@ def test_a_streamed_block_is_looked_at_before_its_first_sweep(
     """No block holds weights when the run begins, so each is looked at when its turn comes."""
     model = build_tiny_model("llama", vocab_size=260)
     config = config_of(*BLIND)
-    made = plan_compression(model, tokens, config)
+    made = plan_compression(Walker(model), tokens, config)
     model.get_submodule("model.layers.1.self_attn.v_proj").weight[2, 3] = float("nan")
     model.save_pretrained(tmp_path)
     build_byte_tokenizer().save_pretrained(tmp_path)
     opened = open_model(str(tmp_path), revision=None, dtype="auto", device="cpu", offline=True)
     swept: list[int] = []
     blocks = compress_model(
-        opened.model,
+        Walker(opened.model, weights=opened.weights),
         tokens,
         made,
         config,
         lambda report: swept.append(report.block),
-        weights=opened.weights,
     )
     line = "^1 of 512 weights of model.layers.1.self_attn.v_proj are not finite"
     with pytest.raises(NumericalError, match=line):

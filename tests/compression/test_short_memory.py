@@ -16,8 +16,8 @@ from tiny_models import build_tiny_model
 from mi_experiments.calibration import hessians
 from mi_experiments.calibration.drift import DensePair
 from mi_experiments.errors import MemoryShortage
-from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.llm.replay import Call
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method import gram, refine, sparsegpt
 
 
@@ -101,7 +101,7 @@ def test_experts_with_few_tokens_are_measured_again_where_memory_is_short(
 
 def test_twins_run_in_batches_of_one_size_whichever_was_short(tokens: torch.Tensor) -> None:
     model = build_tiny_model("llama")
-    block = next(walk_blocks(model, tokens, batch_size=4))
+    block = next(Walker(model, batch_size=4).walk(tokens))
     for short in ("block", "dense"):
         dense = block.stream.fork()
         block.stream.batch_size = dense.batch_size = 4

@@ -15,6 +15,7 @@ from mi_experiments.evaluation.perplexity import measure_perplexity
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.llm.loading import open_model
+from mi_experiments.llm.walker import Walker
 from mi_experiments.records.linears import read_linears
 from mi_experiments.records.tracking import Tracker
 
@@ -65,7 +66,7 @@ def test_a_whole_run(name: str, tmp_path: Path) -> None:
     (dense,) = result.dense.values()
     windows = list(torch.randint(2, 250, (3, 32), generator=torch.Generator().manual_seed(1)))
     kwargs = {"batch_tokens": 64, "logits_chunk": 16}
-    streamed = measure_perplexity(opened.model, windows, weights=opened.weights, **kwargs)
+    streamed = measure_perplexity(Walker(opened.model, weights=opened.weights), windows, **kwargs)
     with torch.no_grad():
         logits = [whole(input_ids=window[None]).logits[0, :-1].double() for window in windows]
     by_hand = torch.stack([
@@ -94,7 +95,7 @@ def test_a_whole_run(name: str, tmp_path: Path) -> None:
         str(run_dir / "model"), revision=None, dtype="auto", device="cpu", offline=True
     )
     (compressed,) = result.compressed.values()
-    again = measure_perplexity(stored.model, windows, weights=stored.weights, **kwargs)
+    again = measure_perplexity(Walker(stored.model, weights=stored.weights), windows, **kwargs)
     stored.weights.load_all()
     with torch.no_grad():
         assert torch.equal(reloaded(input_ids=tokens).logits, stored.model(tokens).logits)

@@ -16,6 +16,7 @@ from mi_experiments.errors import NumericalError
 from mi_experiments.evaluation.divergence import divergence, measure_divergence
 from mi_experiments.llm.loading import OpenModel, open_model
 from mi_experiments.llm.streaming import BlockWeights
+from mi_experiments.llm.walker import Walker
 
 ROUNDING = 1e-5
 """Relative: the models compute in float32, in other batches and chunks than the reference."""
@@ -93,7 +94,8 @@ def windows(*lengths: int) -> list[Tensor]:
 
 def measure(dense: BlockWeights, other: BlockWeights, texts: list[Tensor], **options: int):
     asked = {"batch_tokens": 40, "logits_chunk": 32} | options
-    return measure_divergence(dense, other, texts, **asked)
+    walkers = (Walker(weights.model, weights=weights) for weights in (dense, other))
+    return measure_divergence(*walkers, texts, **asked)
 
 
 def reference(opened: OpenModel, changed: BlockWeights, texts: list[Tensor]) -> list[Tensor]:

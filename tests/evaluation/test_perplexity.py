@@ -24,6 +24,7 @@ from mi_experiments.errors import InputError, NumericalError
 from mi_experiments.evaluation.perplexity import measure_perplexity, summarize
 from mi_experiments.llm.calls import BlockOutput
 from mi_experiments.llm.logits import measure_token_nll, plan_waves
+from mi_experiments.llm.walker import Walker
 
 TOLERANCE = 1e-12  # relative, in float64: chunks and batches change only the order of sums
 VOCABULARY = 61
@@ -88,7 +89,7 @@ def test_equals_full_logits_on_every_kind_of_head(name: str) -> None:
     windows = random_windows(9, 23, 9, 2)
     by_hand = torch.cat([nll_by_hand(model, window) for window in windows])
     assert by_hand.std() > 0.1
-    result = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=5)
+    result = measure_perplexity(Walker(model), windows, batch_tokens=20, logits_chunk=5)
     assert result.nll == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
     assert result.perplexity == pytest.approx(by_hand.mean().exp().item(), rel=TOLERANCE)
     assert (result.tokens, result.windows) == (39, 4)
@@ -97,12 +98,13 @@ def test_equals_full_logits_on_every_kind_of_head(name: str) -> None:
 def test_token_nll_is_per_token_and_in_order() -> None:
     model = build_model()
     (window,) = random_windows(11)
-    blocks = model.model.layers
     with torch.no_grad():
         before_norm: list[Tensor] = []
-        blocks[-1].register_forward_hook(lambda module, args, output: before_norm.append(output))
+        model.model.layers[-1].register_forward_hook(
+            lambda module, args, output: before_norm.append(output)
+        )
         model.model(input_ids=window[None])
-        nll = measure_token_nll(model, blocks, BlockOutput(None), before_norm[0][0], window, 7)
+        nll = measure_token_nll(Walker(model), BlockOutput(None), before_norm[0][0], window, 7)
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, nll_by_hand(model, window), rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -132,8 +134,10 @@ def test_a_wave_of_all_tokens_holds_all_windows() -> None:
 @pytest.mark.parametrize("wave", [1, 30, 10**6])
 def test_waves_do_not_matter(wave: int) -> None:
     model, windows = build_model(), random_windows(10, 17, 10, 10)
-    expected = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=10)
-    result = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=10, wave_tokens=wave)
+    expected = measure_perplexity(Walker(model), windows, batch_tokens=20, logits_chunk=10)
+    result = measure_perplexity(
+        Walker(model), windows, batch_tokens=20, logits_chunk=10, wave_tokens=wave
+    )
     assert result == expected
 
 
@@ -141,9 +145,9 @@ def test_waves_do_not_matter(wave: int) -> None:
 @pytest.mark.parametrize("logits_chunk", [1, 7, 10**6])
 def test_batches_and_chunks_do_not_matter(batch_tokens: int, logits_chunk: int) -> None:
     model, windows = build_model(), random_windows(10, 17, 10, 10)
-    expected = measure_perplexity(model, windows, batch_tokens=10, logits_chunk=10)
+    expected = measure_perplexity(Walker(model), windows, batch_tokens=10, logits_chunk=10)
     result = measure_perplexity(
-        model, windows, batch_tokens=batch_tokens, logits_chunk=logits_chunk
+        Walker(model), windows, batch_tokens=batch_tokens, logits_chunk=logits_chunk
     )
     assert result.nll == pytest.approx(expected.nll, rel=TOLERANCE)
     assert result.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
@@ -175,7 +179,7 @@ def test_standard_error_covers_the_spread_of_unequal_windows() -> None:
 def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
     model = build_model()
     nn.init.zeros_(model.lm_head.weight)
-    result = measure_perplexity(model, random_windows(9, 5), batch_tokens=9, logits_chunk=4)
+    result = measure_perplexity(Walker(model), random_windows(9, 5), batch_tokens=9, logits_chunk=4)
     assert result.perplexity == pytest.approx(VOCABULARY, rel=TOLERANCE)
     assert result.standard_error == pytest.approx(0, abs=TOLERANCE)
 
@@ -193,7 +197,7 @@ def test_logits_never_exist_for_more_than_a_chunk(logits_chunk: int) -> None:
 
     model.lm_head.register_forward_hook(note)
     windows = random_windows(40, 40, 40)
-    measure_perplexity(model, windows, batch_tokens=120, logits_chunk=logits_chunk)
+    measure_perplexity(Walker(model), windows, batch_tokens=120, logits_chunk=logits_chunk)
     assert max(rows for rows, _ in made) == min(logits_chunk, 39)
     assert sum(rows for rows, _ in made) >= 117
 
@@ -220,7 +224,7 @@ class PeakBytes(TorchDispatchMode):
 
 def peak_bytes(model: PreTrainedModel, windows: list[Tensor], logits_chunk: int = 8) -> int:
     with PeakBytes() as peak:
-        measure_perplexity(model, windows, batch_tokens=128, logits_chunk=logits_chunk)
+        measure_perplexity(Walker(model), windows, batch_tokens=128, logits_chunk=logits_chunk)
     return peak.peak
 
 
@@ -246,7 +250,7 @@ def test_no_graph_is_kept_and_nothing_is_left_on_the_model() -> None:
         lambda module, arguments, output: outputs.append(output.requires_grad)
     )
     before = {name: set(vars(module)) for name, module in model.named_modules()}
-    measure_perplexity(model, random_windows(12, 12), batch_tokens=12, logits_chunk=4)
+    measure_perplexity(Walker(model), random_windows(12, 12), batch_tokens=12, logits_chunk=4)
     assert outputs
     assert not any(outputs)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
@@ -257,8 +261,10 @@ def test_a_forward_of_its_own_is_put_back() -> None:
     model = build_model()
     own = model.model.forward
     vars(model.model)["forward"] = own
-    expected = measure_perplexity(build_model(), random_windows(12), batch_tokens=1, logits_chunk=5)
-    measured = measure_perplexity(model, random_windows(12), batch_tokens=1, logits_chunk=5)
+    expected = measure_perplexity(
+        Walker(build_model()), random_windows(12), batch_tokens=1, logits_chunk=5
+    )
+    measured = measure_perplexity(Walker(model), random_windows(12), batch_tokens=1, logits_chunk=5)
     assert measured == expected
     assert vars(model.model)["forward"] is own
 
@@ -266,7 +272,7 @@ def test_a_forward_of_its_own_is_put_back() -> None:
 def test_progress_is_told_every_block_of_every_wave() -> None:
     model, windows, told = build_model(), random_windows(8, 9, 8, 8), []
     measure_perplexity(
-        model,
+        Walker(model),
         windows,
         batch_tokens=16,
         logits_chunk=64,
@@ -283,9 +289,9 @@ def test_a_window_that_is_not_finite_is_named() -> None:
     with torch.no_grad():
         model.model.embed_tokens.weight[VOCABULARY - 1] = math.nan
     with pytest.raises(NumericalError, match=r"window 1 of 3 \(8 tokens\) is not finite"):
-        measure_perplexity(model, windows, batch_tokens=64, logits_chunk=64)
+        measure_perplexity(Walker(model), windows, batch_tokens=64, logits_chunk=64)
     with pytest.raises(NumericalError, match="window 0 of 1"):
-        measure_perplexity(model, windows[1:2], batch_tokens=64, logits_chunk=64)
+        measure_perplexity(Walker(model), windows[1:2], batch_tokens=64, logits_chunk=64)
 
 
 def test_a_perplexity_beyond_float64_is_an_error() -> None:
@@ -308,7 +314,7 @@ def test_a_tail_may_work_in_place() -> None:
     model, windows = build_model(), random_windows(9, 11)
     model.model.norm = InPlace(model.model.norm)
     by_hand = torch.cat([nll_by_hand(model, window) for window in windows])
-    result = measure_perplexity(model, windows, batch_tokens=20, logits_chunk=5)
+    result = measure_perplexity(Walker(model), windows, batch_tokens=20, logits_chunk=5)
     assert result.nll == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
 
 
@@ -328,7 +334,7 @@ def test_logits_that_are_not_a_function_of_the_decoder_are_an_error() -> None:
     model = build_model()
     model.lm_head = Residual(model.lm_head)
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*not a function of the last"):
-        measure_perplexity(model, random_windows(8), batch_tokens=8, logits_chunk=8)
+        measure_perplexity(Walker(model), random_windows(8), batch_tokens=8, logits_chunk=8)
 
 
 class Shortcut(nn.Module):
@@ -350,7 +356,7 @@ def test_a_model_that_reads_earlier_blocks_is_an_error() -> None:
     model = build_model()
     model.model.norm = Shortcut(model.model.norm, model.model.layers[0])
     with pytest.raises(InputError, match=r"LlamaForCausalLM.*last block's output alone"):
-        measure_perplexity(model, random_windows(8), batch_tokens=8, logits_chunk=8)
+        measure_perplexity(Walker(model), random_windows(8), batch_tokens=8, logits_chunk=8)
 
 
 @pytest.mark.parametrize(
@@ -358,12 +364,12 @@ def test_a_model_that_reads_earlier_blocks_is_an_error() -> None:
     [
         (lambda call: call | {"windows": []}, "at least two tokens"),
         (lambda call: call | {"windows": random_windows(5, 1)}, "at least two tokens"),
-        (lambda call: call | {"model": build_model().train()}, "training mode"),
+        (lambda call: call | {"walker": Walker(build_model().train())}, "training mode"),
         (lambda call: call | {"logits_chunk": 0}, "at least 1"),
         (lambda call: call | {"batch_tokens": 0}, "at least 1"),
     ],
 )
 def test_misuse_is_a_value_error(change: Callable[[dict], dict], message: str) -> None:
-    call = {"model": build_model(), "windows": random_windows(5)}
+    call = {"walker": Walker(build_model()), "windows": random_windows(5)}
     with pytest.raises(ValueError, match=message):
         measure_perplexity(**change(call | {"batch_tokens": 8, "logits_chunk": 8}))

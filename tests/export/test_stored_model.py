@@ -23,8 +23,9 @@ from transformers import (
 from mi_experiments.compression.pipeline import CompressedBlock, CompressedLinear
 from mi_experiments.config.config import Export
 from mi_experiments.errors import AuditError, InputError, ResumableError
-from mi_experiments.export import stored_model
-from mi_experiments.export.stored_model import PARTS, StoredModel, read_settings, same_bits, tidy
+from mi_experiments.export import dense
+from mi_experiments.export.dense import read_settings
+from mi_experiments.export.stored_model import StoredModel, run_folders, same_bits, tidy
 from mi_experiments.llm.inventory import take_inventory
 from mi_experiments.llm.loading import OpenModel, open_model
 from mi_experiments.method.pruning import Sparsity
@@ -59,7 +60,7 @@ def open_directory(directory: Path) -> OpenModel:
 def open_stored(opened: OpenModel, run_dir: Path, export: str = "dense") -> StoredModel:
     run_dir.mkdir(exist_ok=True)
     config = config_of(f"export={export}")
-    return StoredModel(opened.weights.fork(), Commits(run_dir, {}, PARTS), config)
+    return StoredModel(opened.weights.fork(), Commits(run_dir, {}, run_folders()), config)
 
 
 def report(name: str, block: int, rows: int, columns: int) -> LinearReport:
@@ -284,7 +285,7 @@ def test_each_block_is_committed_with_its_reports_and_what_the_export_asks_for(
         ones = {linear.report.name: torch.ones(3, dtype=torch.uint8) for linear in linears}
         return ones, {"layouts": "{}"}
 
-    monkeypatch.setattr("mi_experiments.export.stored_model.pack_linears", pack)
+    monkeypatch.setattr("mi_experiments.export.packed.pack_linears", pack)
     save_model(tmp_path / "original", "llama", torch.float32)
     opened = open_directory(tmp_path / "original")
     stored = open_stored(opened, tmp_path / "run", export)
@@ -404,7 +405,7 @@ FULL = OSError(28, "No space left on device")
 @pytest.mark.parametrize(
     ("place", "name", "error"),
     [
-        (stored_model, "write_settings", FULL),
+        (dense, "write_settings", FULL),
         (PreTrainedTokenizerFast, "save_pretrained", FULL),
         (PreTrainedTokenizerFast, "save_pretrained", Exception("full (os error 28)")),
         (Path, "replace", FULL),
@@ -449,14 +450,14 @@ def test_settings_are_there_completely_or_not_at_all(
     assert torch.equal(logits(reloaded), logits(opened.model))
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", run_folders())
 def test_what_is_of_another_origin_is_neither_overwritten_nor_removed(
     name: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").write_text("x")
     with pytest.raises(InputError, match=rf"{name} exists, and no run is recorded in"):
-        Commits(tmp_path, {}, PARTS)
+        Commits(tmp_path, {}, run_folders())
     assert tree(tmp_path) == {f"{name}/precious": b"x"}
 
 

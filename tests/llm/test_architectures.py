@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mi_experiments.compression.pipeline import CompressedLinear, compress_model
 from mi_experiments.config.config import Config
-from mi_experiments.llm.blocks import describe_blocks, walk_blocks
 from mi_experiments.llm.inventory import LinearView, block_list, take_inventory
 from mi_experiments.llm.matmul_hooks import replace_output
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.plan import plan_compression
 
 Builder = Callable[..., Any]
@@ -64,7 +64,7 @@ def test_walking_is_running_the_model_bit_for_bit(
 ) -> None:
     model, tokens = tiny_model(name), tiny_tokens(5, SEQLEN)
     seen = seen_by_modules(model, tokens)
-    for block in walk_blocks(model, tokens, batch_size=BATCH):
+    for block in Walker(model, batch_size=BATCH).walk(tokens):
         stream = block.stream
     assert torch.equal(stream.hidden, torch.cat([hidden for (hidden,) in seen["the last block"]]))
 
@@ -93,7 +93,7 @@ def test_sites_get_what_their_linears_read(
 ) -> None:
     model, tokens = tiny_model(name), tiny_tokens(5, SEQLEN)
     seen = seen_by_modules(model, tokens)
-    for block in walk_blocks(model, tokens, batch_size=BATCH):
+    for block in Walker(model, batch_size=BATCH).walk(tokens):
         fed: dict[str, list[Tensor]] = {site.name: [] for site in block.sites}
         block.feed(block.sites, lambda site, x, fed=fed: fed[site.name].append(x.clone()))
         assert {linear for site in block.sites for linear in site.linears} == set(block.linears)
@@ -133,7 +133,7 @@ def test_experts_of_mixtral_by_hand(tiny_model: Builder, tiny_tokens: Builder) -
     """The router's choice and what each expert makes of its tokens, from the formulas."""
     model, tokens = tiny_model("mixtral"), tiny_tokens(3, SEQLEN)
     top = model.config.num_experts_per_tok
-    for block in walk_blocks(model, tokens, batch_size=3):
+    for block in Walker(model, batch_size=3).walk(tokens):
         fed: dict[str, Tensor] = {}
         block.feed(block.sites, lambda site, x, fed=fed: fed.__setitem__(site.name, x.clone()))
         moe = block.module.mlp
@@ -159,7 +159,7 @@ def test_every_linear_is_seen_the_right_way_round(
 ) -> None:
     """An output is the input times the weight, plus what is the same for every token."""
     model, tokens = tiny_model(name), tiny_tokens(4, SEQLEN)
-    for block in walk_blocks(model, tokens, batch_size=4):
+    for block in Walker(model, batch_size=4).walk(tokens):
         called: set[str] = set()
 
         def check(
@@ -181,8 +181,8 @@ def test_every_linear_is_seen_the_right_way_round(
 def test_sites_are_known_before_the_weights(
     name: str, tiny_model: Builder, tiny_tokens: Builder
 ) -> None:
-    walked = walk_blocks(tiny_model(name), tiny_tokens(2, SEQLEN), batch_size=2)
-    described = describe_blocks(tiny_model(name, device="meta"), SEQLEN)
+    walked = Walker(tiny_model(name), batch_size=2).walk(tiny_tokens(2, SEQLEN))
+    described = Walker(tiny_model(name, device="meta")).describe_blocks(SEQLEN)
     for real, planned in zip(walked, described, strict=True):
         for here, there in zip(real.sites, planned.sites, strict=True):
             assert (here.name, here.columns, here.stage) == (there.name, there.columns, there.stage)
@@ -192,17 +192,17 @@ def test_sites_are_known_before_the_weights(
 
 @cache
 def config_of(*overrides: str) -> Config:
-    small = ["n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=4"]
+    small = ["n_groups.count=2", "n_groups.multiple=1"]
     return composed.config_of(*overrides, base=small)
 
 
 def compress(model: PreTrainedModel, tokens: Tensor, *overrides: str) -> list[CompressedLinear]:
     # Every expert makes do with its own tokens: Llama 4's cannot be shown any others.
     config = config_of("recipe.min_tokens=1", *overrides)
-    plan = plan_compression(model, tokens, config)
-    return [
-        linear for block in compress_model(model, tokens, plan, config) for linear in block.linears
-    ]
+    walker = Walker(model, batch_size=BATCH)
+    plan = plan_compression(walker, tokens, config)
+    blocks = compress_model(walker, tokens, plan, config)
+    return [linear for block in blocks for linear in block.linears]
 
 
 @everywhere

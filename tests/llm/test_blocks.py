@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from mi_experiments.errors import InputError, NumericalError
-from mi_experiments.llm.blocks import Block, describe_blocks, walk_blocks
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.inventory import LinearView, block_list, take_inventory
 from mi_experiments.llm.loading import load_skeleton
 from mi_experiments.llm.replay import Stream
+from mi_experiments.llm.walker import Walker
 
 GATED = [
     "self_attn.q_proj+k_proj+v_proj",
@@ -82,7 +83,7 @@ def test_replay_is_the_model_bit_for_bit(
     model, tokens = tiny_model(name, attention=attention), tiny_tokens(5, SEQLEN)
     expected = inputs_in_model(model, tokens.split(2))
     buffers = set()
-    for block in walk_blocks(model, tokens, batch_size=2, ignore=IGNORE[name]):
+    for block in Walker(model, batch_size=2, ignore=IGNORE[name]).walk(tokens):
         stream = block.stream
         buffers.add(stream.hidden.data_ptr())
         assert torch.equal(stream.hidden, expected[block.name])
@@ -96,7 +97,7 @@ def test_replay_is_exact_in_bfloat16(
 ) -> None:
     model, tokens = tiny_model("llama").to(torch.bfloat16), tiny_tokens(3, SEQLEN)
     expected = inputs_in_model(model, tokens.split(2))
-    for block in walk_blocks(model, tokens, batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tokens):
         stream = block.stream
     assert stream.hidden.dtype == torch.bfloat16
     assert torch.equal(stream.hidden, expected["model.layers.2"])
@@ -107,7 +108,7 @@ def test_later_blocks_see_the_compressed_ones(
 ) -> None:
     model, tokens = tiny_model("qwen3"), tiny_tokens(4, SEQLEN)
     dense = inputs_in_model(model, tokens.split(4))["model.layers.2"]
-    for block in walk_blocks(model, tokens, batch_size=4):
+    for block in Walker(model, batch_size=4).walk(tokens):
         for linear in block.linears:
             linear.write_weight(linear.read_weight().round(decimals=1))
     compressed = inputs_in_model(model, tokens.split(4))["model.layers.2"]
@@ -120,7 +121,7 @@ def test_arguments_of_block_0_do_not_serve_every_block(
 ) -> None:
     model, tokens = tiny_model("gemma3"), tiny_tokens(2, SEQLEN)
     expected = inputs_in_model(model, tokens.split(2))["model.layers.4"]
-    walk = walk_blocks(model, tokens, batch_size=2)
+    walk = Walker(model, batch_size=2).walk(tokens)
     stream = next(walk).stream
     wrong = dataclasses.replace(
         stream,
@@ -140,8 +141,8 @@ def test_sites_are_the_textbook_groups_with_and_without_weights(
     name: str, tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
 ) -> None:
     model = tiny_model(name)
-    described = describe_blocks(tiny_model(name, device="meta"), SEQLEN)
-    walked = list(walk_blocks(model, tiny_tokens(3, SEQLEN), batch_size=2))
+    described = Walker(tiny_model(name, device="meta")).describe_blocks(SEQLEN)
+    walked = list(Walker(model, batch_size=2).walk(tiny_tokens(3, SEQLEN)))
     assert len(walked) == len(described) == model.config.num_hidden_layers
     for real, planned in zip(walked, described, strict=True):
         assert [site.name for site in real.sites] == TEXTBOOK_SITES[name]
@@ -158,7 +159,7 @@ def test_a_mixture_of_experts_is_described_without_weights(
 ) -> None:
     tiny_model("qwen3_moe").save_pretrained(tmp_path)
     skeleton = load_skeleton(str(tmp_path), revision=None, offline=True)
-    for block in describe_blocks(skeleton, SEQLEN, ignore=MOE_IGNORE):
+    for block in Walker(skeleton, ignore=MOE_IGNORE).describe_blocks(SEQLEN):
         assert [site.name for site in block.sites] == GATED[:2]
 
 
@@ -168,7 +169,7 @@ def test_feed_gives_what_each_linear_reads_in_the_model(
 ) -> None:
     model, tokens = tiny_model(name), tiny_tokens(5, SEQLEN)
     expected = inputs_in_model(model, tokens.split(2))
-    for block in walk_blocks(model, tokens, batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tokens):
         fed: dict[str, list[Tensor]] = {}
         block.feed(block.sites, lambda site, x, fed=fed: fed.setdefault(site.name, []).append(x))
         assert [*fed] == [site.name for site in block.sites]
@@ -182,7 +183,7 @@ def test_feeding_one_site_after_another_is_true_sequential(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
 ) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(3, SEQLEN)
-    block = next(walk_blocks(model, tokens, batch_size=2))
+    block = next(Walker(model, batch_size=2).walk(tokens))
     fed: dict[str, list[Tensor]] = {}
     for site in block.sites:
         block.feed([site], lambda site, x: fed.setdefault(site.name, []).append(x.clone()))
@@ -198,7 +199,7 @@ def test_feed_stops_at_the_last_site_asked_for(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
 ) -> None:
     model = tiny_model("llama")
-    block = next(walk_blocks(model, tiny_tokens(5, SEQLEN), batch_size=2))
+    block = next(Walker(model, batch_size=2).walk(tiny_tokens(5, SEQLEN)))
     ran: list[str] = []
     for linear in block.linears:
         linear.module.register_forward_hook(
@@ -220,7 +221,7 @@ def test_hooks_and_grad_mode_are_left_as_found(
         assert not x.requires_grad
         raise ZeroDivisionError
 
-    for block in walk_blocks(model, tiny_tokens(2, SEQLEN), batch_size=1):
+    for block in Walker(model).walk(tiny_tokens(2, SEQLEN)):
         with pytest.raises(ZeroDivisionError):
             block.feed(block.sites, fail)
         assert torch.is_grad_enabled()
@@ -232,7 +233,7 @@ def test_hooks_and_grad_mode_are_left_as_found(
 def test_feed_refuses_blocks_and_sites_of_another_place(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
 ) -> None:
-    walk = walk_blocks(tiny_model("llama"), tiny_tokens(2, SEQLEN), batch_size=2)
+    walk = Walker(tiny_model("llama"), batch_size=2).walk(tiny_tokens(2, SEQLEN))
     first, second = next(walk), next(walk)
     with pytest.raises(RuntimeError, match=r"the walk has left model\.layers\.0"):
         first.feed(first.sites, lambda site, x: None)
@@ -251,7 +252,7 @@ def test_a_bad_activation_names_block_and_sample(
         if len(calls) == 2:
             output[1, 7, 3] = torch.nan
 
-    walk = walk_blocks(model, tokens, batch_size=2)
+    walk = Walker(model, batch_size=2).walk(tokens)
     next(walk)
     linear_named(next(walk), "down_proj").module.register_forward_hook(poison)
     with pytest.raises(NumericalError, match=r"sample 3 .* the output of model\.layers\.1"):
@@ -261,7 +262,7 @@ def test_a_bad_activation_names_block_and_sample(
     model.model.embed_tokens.weight[tokens[4, 0]] = torch.inf
     tokens[:4].masked_fill_(tokens[:4] == tokens[4, 0], 2 if tokens[4, 0] != 2 else 3)
     with pytest.raises(NumericalError, match=r"sample 4 .* the input of model\.layers\.0"):
-        next(walk_blocks(model, tokens, batch_size=2))
+        next(Walker(model, batch_size=2).walk(tokens))
 
 
 @pytest.mark.parametrize(("name", "suffix"), [("gpt2", "c_attn"), ("llama", "k_proj")])
@@ -271,7 +272,7 @@ def test_a_linear_is_seen_as_rows_by_columns(
     tiny_model: Callable[..., Any],
     tiny_tokens: Callable[..., Tensor],
 ) -> None:
-    block = next(walk_blocks(tiny_model(name), tiny_tokens(1, SEQLEN), batch_size=1))
+    block = next(Walker(tiny_model(name)).walk(tiny_tokens(1, SEQLEN)))
     linear = linear_named(block, suffix)
     x = torch.randn(3, linear.columns)
     weight = linear.read_weight()
@@ -318,12 +319,9 @@ def test_every_matrix_is_compressed_or_ignored_or_an_error(
 def test_ignored_linears_are_in_no_site(
     tiny_model: Callable[..., Any], tiny_tokens: Callable[..., Tensor]
 ) -> None:
-    walk = walk_blocks(
-        tiny_model("llama"),
-        tiny_tokens(1, SEQLEN),
-        batch_size=1,
-        ignore=["*.v_proj", "model.layers.0.mlp.*"],
-    )
+    walk = Walker(
+        tiny_model("llama"), batch_size=1, ignore=["*.v_proj", "model.layers.0.mlp.*"]
+    ).walk(tiny_tokens(1, SEQLEN))
     assert [[site.name for site in block.sites] for block in walk] == [
         ["self_attn.q_proj+k_proj", "self_attn.o_proj"],
         ["self_attn.q_proj+k_proj", *GATED[1:]],
@@ -366,11 +364,11 @@ def test_what_the_model_cannot_take_is_refused(
 ) -> None:
     model = tiny_model("llama")
     with pytest.raises(InputError, match=r"dataset\.seqlen=65 exceeds the 64"):
-        next(walk_blocks(model, tiny_tokens(1, 65), batch_size=1))
+        next(Walker(model).walk(tiny_tokens(1, 65)))
     with pytest.raises(InputError, match="token 128 is beyond the 128 embeddings"):
-        next(walk_blocks(model, torch.full((1, SEQLEN), 128), batch_size=1))
-    with pytest.raises(ValueError, match="eval mode"):
-        next(walk_blocks(model.train(), tiny_tokens(1, SEQLEN), batch_size=1))
+        next(Walker(model).walk(torch.full((1, SEQLEN), 128)))
+    with pytest.raises(ValueError, match="training mode"):
+        next(Walker(model.train(), batch_size=1).walk(tiny_tokens(1, SEQLEN)))
 
 
 class ToyBlock(nn.Module):
@@ -421,7 +419,7 @@ class Toy(PreTrainedModel):
 
 
 def walk_to_end(model: Toy, tokens: Tensor) -> Stream:
-    for block in walk_blocks(model, tokens, batch_size=2):
+    for block in Walker(model, batch_size=2).walk(tokens):
         stream = block.stream
     return stream
 
@@ -430,7 +428,7 @@ def test_keyword_inputs_tuple_outputs_and_in_place_blocks_replay_exactly(
     tiny_tokens: Callable[..., Tensor],
 ) -> None:
     model, tokens = Toy(), tiny_tokens(3, SEQLEN)
-    block = next(walk_blocks(model, tokens, batch_size=2))
+    block = next(Walker(model, batch_size=2).walk(tokens))
     before = block.stream.hidden.clone()
     for _ in range(2):
         block.feed(block.sites, lambda site, x: None)
@@ -542,11 +540,11 @@ def test_the_advice_of_an_error_can_be_taken(tiny_tokens: Callable[..., Tensor])
     ignore: list[str] = []
     for name in ("kernel", "scale"):
         with pytest.raises(InputError, match=rf"layers\.0\.inner\.{name}") as caught:
-            next(walk_blocks(model, tokens, batch_size=2, ignore=ignore))
+            next(Walker(model, batch_size=2, ignore=ignore).walk(tokens))
         (advice,) = re.findall(r"add model\.ignore=\[(.*)\]", str(caught.value))
         ignore += advice.strip("'").split("','")
     assert ignore == ["*.inner.kernel", "*.inner.scale"]
-    for block in walk_blocks(model, tokens, batch_size=2, ignore=ignore):
+    for block in Walker(model, batch_size=2, ignore=ignore).walk(tokens):
         assert [site.name for site in block.sites] == ["a+b"]
 
 
@@ -567,8 +565,8 @@ def test_sites_do_not_depend_on_the_dtype(
     names = [
         [
             [site.name for site in block.sites]
-            for block in walk_blocks(
-                tiny_model("deepseek_v3").to(dtype), tiny_tokens(2, SEQLEN), batch_size=2
+            for block in Walker(tiny_model("deepseek_v3").to(dtype), batch_size=2).walk(
+                tiny_tokens(2, SEQLEN)
             )
         ]
         for dtype in (torch.float32, torch.bfloat16)
@@ -584,7 +582,7 @@ def test_a_linear_that_a_later_batch_misses_is_refused() -> None:
 
     model, tokens = Toy(Choosy), torch.tensor([[1, 1], [1, 1], [2, 2], [2, 2]])
     model.embed.weight[1], model.embed.weight[2] = 5.0, -5.0
-    block = next(walk_blocks(model, tokens, batch_size=2))
+    block = next(Walker(model, batch_size=2).walk(tokens))
     (site,) = block.sites
     seen: list[int] = []
     block.feed(block.sites, lambda site, x: seen.append(len(x)))
@@ -613,5 +611,5 @@ def test_a_site_is_one_tensor_not_one_address(tiny_tokens: Callable[..., Tensor]
 
     tokens = tiny_tokens(2, SEQLEN)
     for kind, names in [(Changed, ["a", "b"]), (Recycled, ["a", "b"]), (Viewed, ["a+b"])]:
-        block = next(walk_blocks(Toy(kind), tokens, batch_size=2))
+        block = next(Walker(Toy(kind), batch_size=2).walk(tokens))
         assert [site.name for site in block.sites] == names

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mi_experiments.config.texts import BosPolicy, Sampling
 from mi_experiments.embedded import MODEL_DIRECTORY, language
-from mi_experiments.llm.blocks import walk_blocks
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.information import (
     binned_information,
     copula_information,
@@ -64,7 +64,7 @@ def pairs() -> list[Tensor]:
         language.documents("calibration", 600), nsamples=40, seqlen=128, seed=0,
         sampling=Sampling.packed, allow_fewer=False, add_bos=BosPolicy.auto,
     )  # fmt: skip
-    block = next(b for b in walk_blocks(model, tokens, batch_size=16) if b.index == 1)
+    block = next(b for b in Walker(model, batch_size=16).walk(tokens) if b.index == 1)
     read: dict[str, list[Tensor]] = {site.name: [] for site in block.sites}
     block.feed(block.sites, lambda site, inputs: read[site.name].append(inputs.clone()))
     found = []

@@ -13,9 +13,10 @@ from mi_experiments.calibration.hessians import FISHER_FIELDS
 from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
+from mi_experiments.llm.walker import Walker
 from mi_experiments.persistence.cache import content_key
 from mi_experiments.planning import plan
-from mi_experiments.planning.cost_key import ALL_WIDTHS, cost_config
+from mi_experiments.planning.cost_key import ALL_WIDTHS, GROUPING_FIELDS, cost_config
 from mi_experiments.planning.plan import plan_compression
 from mi_experiments.planning.site_costs import BlockCosts
 
@@ -79,7 +80,7 @@ def measured_costs(
 
         with monkeypatch.context() as patch:
             patch.setattr(plan, "measure_block_costs", spy)
-            plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config_of(*overrides))
+            plan_compression(Walker(tiny_model("llama")), tiny_tokens(4, 16), config_of(*overrides))
         return found
 
     return costs_of
@@ -207,7 +208,7 @@ def test_site_costs_can_read_no_other_field(
         return real(*arguments)
 
     monkeypatch.setattr(plan, "measure_block_costs", spy)
-    plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    plan_compression(Walker(tiny_model("llama")), tiny_tokens(4, 16), config)
     assert given
     known = to_plain(cost_config(config))
     assert all(to_plain(found) == known for found in given)
@@ -231,7 +232,7 @@ def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
     """So that a plan from shared site costs is the plan from its own, bit for bit."""
     model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
     config = config_of(budget, f"wbits.cost={cost}", "wbits.scope=model")
-    shared = plan_compression(model, tokens, config)
+    shared = plan_compression(Walker(model), tokens, config)
 
     def alone(config: Config) -> Config:
         narrowed = cost_config(config)
@@ -240,6 +241,15 @@ def test_the_price_of_a_width_does_not_depend_on_what_else_is_priced(
 
     assert {*ALL_WIDTHS} - {*alone(config).wbits.candidate_widths()}
     monkeypatch.setattr(plan, "cost_config", alone)
-    own = plan_compression(model, tokens, config)
+    own = plan_compression(Walker(model), tokens, config)
     assert own.sha256() == shared.sha256()
     assert own.stored()[1] == shared.stored()[1]
+
+
+def test_whatever_a_walker_takes_from_the_config_is_in_the_key() -> None:
+    """It is not read from the narrowed config, so that nothing else would notice."""
+    taken = {"path": "model.blocks", "ignore": "model.ignore", "batch_size": "dataset.batch_size"}
+    # What the dense model is, where it lives and in how many passes it is measured: no bit moves.
+    free = {"model", "weights", "allocate", "hessian_bytes"}
+    assert {field.name for field in dataclasses.fields(Walker)} == free | taken.keys()
+    assert set(taken.values()) <= set(GROUPING_FIELDS)

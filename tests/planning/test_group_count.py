@@ -9,11 +9,12 @@ import torch
 from composed import config_of
 from scipy.optimize import minimize
 
+from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.cost_key import cost_config
 from mi_experiments.planning.group_count import LEAST, log_cost, scale_bits
 from mi_experiments.planning.plan import plan_compression
 
-DENSE = ["sparsity=dense", "wbits.average=3", "dataset.batch_size=2", "n_groups.multiple=1",
+DENSE = ["sparsity=dense", "wbits.average=3", "n_groups.multiple=1",
          "n_groups.count=4", "recipe.damping=0.01"]  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def test_the_bits_of_scales_are_counted_by_hand(overrides: list[str], expected: 
 
 
 def plan_groups(model, tokens, *overrides: str) -> dict[str, int]:
-    plan = plan_compression(model, tokens, config_of(*DENSE, *overrides))
+    plan = plan_compression(Walker(model), tokens, config_of(*DENSE, *overrides))
     return {name: int(linear.channel_group.max()) + 1 for name, linear in plan.linears.items()}
 
 
@@ -105,14 +106,14 @@ def test_where_linears_do_not_share_the_budget_all_groups_are_made(
 ) -> None:
     """There a linear with one group could spend no fraction of a bit."""
     common = [*DENSE, "sparsity=unstructured", "sparsity.ratio=0", *overrides]
-    plan = plan_compression(tiny_model("llama"), tiny_tokens(8, 16), config_of(*common))
+    plan = plan_compression(Walker(tiny_model("llama")), tiny_tokens(8, 16), config_of(*common))
     assert {int(linear.channel_group.max()) + 1 for linear in plan.linears.values()} == {4}
 
 
 def test_the_budget_is_met_whatever_the_groups(tiny_model, tiny_tokens) -> None:
     for average, grouping in itertools.product((2.5, 3), ("energy", "mutual_information")):
         config = config_of(*DENSE, f"wbits.average={average}", f"n_groups={grouping}")
-        plan = plan_compression(tiny_model("llama"), tiny_tokens(8, 16), config)
+        plan = plan_compression(Walker(tiny_model("llama")), tiny_tokens(8, 16), config)
         bits = sum(linear.rows * int(linear.bits.sum()) for linear in plan.linears.values())
         weights = sum(linear.rows * linear.columns for linear in plan.linears.values())
         smallest = min(linear.rows * linear.columns for linear in plan.linears.values())

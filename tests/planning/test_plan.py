@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.compression.totals import check_sparsity
 from mi_experiments.errors import AuditError, InputError
-from mi_experiments.llm.blocks import walk_blocks
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
 from mi_experiments.method.pruning import Sparsity, possible_parts
@@ -72,8 +72,8 @@ def test_prices_are_those_of_a_plain_loop(
 
 
 def test_a_stored_plan_holds_groups_and_widths(tmp_path: Path, tiny_model, tiny_tokens) -> None:
-    config = config_of("n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2")
-    made = plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    config = config_of("n_groups.count=2", "n_groups.multiple=1")
+    made = plan_compression(Walker(tiny_model("llama")), tiny_tokens(4, 16), config)
     save_atomically(tmp_path / "plan.safetensors", *made.stored())
     saved = load_file(tmp_path / "plan.safetensors")
     assert len(saved) == 3 * len(made.linears)
@@ -103,9 +103,8 @@ def test_a_plan_is_read_back_as_the_value_it_was(
 ) -> None:
     config = config_of(
         f"n_groups={grouping}", f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1",
-        "dataset.batch_size=2",
     )  # fmt: skip
-    made = plan_compression(tiny_model("llama"), tiny_tokens(4, 16), config)
+    made = plan_compression(Walker(tiny_model("llama")), tiny_tokens(4, 16), config)
     again = Plan.read(*made.stored())
     assert same(again, made)
     assert again.sha256() == made.sha256()
@@ -116,10 +115,10 @@ def test_block_costs_are_read_back_as_the_value_it_was(
     allocation: str, tiny_model, tiny_tokens
 ) -> None:
     config = config_of(
-        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2",
+        f"wbits={allocation}", "n_groups.count=2", "n_groups.multiple=1",
         "wbits.cost=relative", "sparsity.cost=distortion",
     )  # fmt: skip
-    walk = walk_blocks(tiny_model("llama"), tiny_tokens(4, 16), batch_size=2)
+    walk = Walker(tiny_model("llama"), batch_size=2).walk(tiny_tokens(4, 16))
     for block in walk:
         block_costs = measure_block_costs(block, {}, True, config)
         assert same(BlockCosts.read(*block_costs.stored()), block_costs)
@@ -131,10 +130,10 @@ def test_fisher_costs_weigh_linears_against_each_other(tiny_model, tiny_tokens) 
     with torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.o_proj").weight.zero_()
     config = config_of(
-        "n_groups.count=2", "n_groups.multiple=1", "dataset.batch_size=2", "wbits.scope=model",
+        "n_groups.count=2", "n_groups.multiple=1", "wbits.scope=model",
         "wbits.cost=fisher", "wbits.fisher_samples=2", "wbits.average=3", "sparsity=dense",
     )  # fmt: skip
-    made = plan_compression(model, tiny_tokens(4, 16), config)
+    made = plan_compression(Walker(model), tiny_tokens(4, 16), config)
     silent = [f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"]
     felt = [linear for name, linear in made.linears.items() if name not in silent]
     assert all((made.linears[name].bits == 2).all() for name in silent)
@@ -184,7 +183,7 @@ def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
         "sparsity.scope=model", "sparsity.cost=fisher", "sparsity.ratio=0.55",
         "sparsity.spread=0.3", "wbits=unquantized", "n_groups.count=2", "n_groups.multiple=1",
     )  # fmt: skip
-    plan = plan_compression(model, tokens, config)
+    plan = plan_compression(Walker(model), tokens, config)
     weights = {name: linear.rows * linear.columns for name, linear in plan.linears.items()}
     ratios = {name: linear.sparsity.ratio for name, linear in plan.linears.items()}
     assert len(set(ratios.values())) > 1
@@ -192,7 +191,7 @@ def test_pruned_weights_are_allocated_exactly_and_the_plan_is_followed(
     over = sum(ratios[name] * weights[name] for name in weights) - 0.55 * sum(weights.values())
     assert 0 <= over < min(weights.values()) / 128
     reports = {}
-    for block in compress_model(model, tokens, plan, config):
+    for block in compress_model(Walker(model), tokens, plan, config):
         reports |= {linear.report.name: linear.report for linear in block.linears}
     for name, report in reports.items():
         blocks = [
@@ -218,10 +217,12 @@ def test_an_even_share_is_the_plan_of_scope_linear(
     """Where no linear may differ from the average, allocation changes nothing."""
     model, tokens = tiny_model("llama"), tiny_tokens(4, 16)
     even = plan_compression(
-        model, tokens, config_of("sparsity.scope=model", "sparsity.spread=0", "sparsity.ratio=0.5")
+        Walker(model),
+        tokens,
+        config_of("sparsity.scope=model", "sparsity.spread=0", "sparsity.ratio=0.5"),
     )
     alike = config_of("sparsity.scope=linear", "sparsity.ratio=0.5")
-    assert even.sha256() == plan_compression(model, tokens, alike).sha256()
+    assert even.sha256() == plan_compression(Walker(model), tokens, alike).sha256()
 
 
 def test_windows_are_fixed_and_so_not_allocated() -> None:

@@ -15,7 +15,7 @@ from word_tokenizers import ADDING, BOS, PLAIN, numbered
 
 from mi_experiments.config.texts import BosPolicy, Sampling
 from mi_experiments.errors import InputError
-from mi_experiments.llm.blocks import walk_blocks
+from mi_experiments.llm.walker import Walker
 from mi_experiments.method.hessian import HessianAccumulator
 from mi_experiments.texts.sequences import calibration_tokens
 
@@ -269,7 +269,7 @@ def test_the_hessian_does_not_depend_on_the_batch(
     for batch_size in (1, 4):
         model = tiny_model("llama").double()
         found = {}
-        for block in walk_blocks(model, tokens, batch_size=batch_size):
+        for block in Walker(model, batch_size=batch_size).walk(tokens):
             sums = {
                 site.name: HessianAccumulator(site.columns, dtype=torch.float64)
                 for site in block.sites
