@@ -131,7 +131,7 @@ def test_a_run_that_is_not_finished_cannot_be_called_so(damage: Damage) -> None:
 
 
 def test_random_edits_change_no_number(damage: Damage) -> None:
-    counts = count(damage, 10, random.Random(0), verbose=False)
+    counts = count(damage, 6, random.Random(0), verbose=False)
     assert not {name: n for name, n in counts.items() if "WRONG" in name}
     assert any("mended" in name for name in counts)
 

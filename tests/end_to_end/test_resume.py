@@ -5,6 +5,7 @@ working is what it had written: these are no power failures.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -36,6 +37,7 @@ from killed_runs import (
     truncate,
     work_left,
 )
+from seldom import seldom
 
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.errors import InputError, ResumableError
@@ -95,11 +97,11 @@ def test_an_unbroken_run_does_all_the_work_once(place: Place) -> None:
     assert not {name.split("/")[0] for name in place.reference} & set(REMOVED)
 
 
-@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [6, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_kill_in_a_write_or_removal_leaves_no_trace(place: Place, stride: int) -> None:
     """All states that a killed run can leave: so many files whole, and perhaps one half written.
 
-    Every third one is continued, and every one where this is run by name.
+    Every sixth one is continued, and every one where this is run by name.
     """
     stations = place.server.run("station", stations=True).counts["stations"]
     removed = sum(step.startswith("rmdir") for step in place.ended.trail)
@@ -117,7 +119,7 @@ def test_a_kill_in_a_write_or_removal_leaves_no_trace(place: Place, stride: int)
 def test_a_kill_at_random_moments_leaves_no_trace(place: Place) -> None:
     moments = random.Random(0)
     kills = [
-        kill_and_continue(place, seconds=moments.uniform(0, place.ended.seconds)) for _ in range(6)
+        kill_and_continue(place, seconds=moments.uniform(0, place.ended.seconds)) for _ in range(3)
     ]
     assert any(kills)
 
@@ -159,6 +161,7 @@ def test_a_kill_in_the_middle_of_a_phase_leaves_no_trace(phase: str, place: Plac
     assert kill_and_continue(place, send=[[*PHASES[phase], "SIGKILL"]])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_over_and_over_gets_there(place: Place) -> None:
     """Each process finishes one more part, so that every part is restored by some other process."""
     run_dir = place.fresh()
@@ -174,8 +177,18 @@ def test_a_run_that_is_killed_over_and_over_gets_there(place: Place) -> None:
 # Wishes to stop
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("wish", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    ("wish", "phase"),
+    seldom(
+        [
+            ("SIGTERM", "dense evaluation"), ("SIGUSR1", "plan"), ("SIGTERM", "compression"),
+            *itertools.product(["SIGUSR1"], [phase for phase in PHASES if phase != "plan"]),
+            *itertools.product(["SIGTERM"], ["evaluation of the second text", "plan"]),
+            ("SIGTERM", "compressed evaluation"),
+        ],
+        always=3,
+    ),
+)  # fmt: skip
 def test_a_wish_to_stop_is_granted_and_the_run_goes_on(phase: str, wish: str, place: Place) -> None:
     run_dir = place.fresh()
     ended = place.run(send=[[*PHASES[phase], wish]])

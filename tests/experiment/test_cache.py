@@ -254,6 +254,7 @@ plan.measure_block_costs = measure_block_costs
 """
 
 
+@pytest.mark.slow
 def test_a_job_goes_on_where_a_killed_one_held_the_lock(
     arguments: list[str], run: Callable[..., Result], tmp_path: Path
 ) -> None:

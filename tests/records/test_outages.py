@@ -93,6 +93,7 @@ def test_a_server_that_refuses_from_the_start(tmp_path: Path) -> None:
     check(mi_run(tmp_path, "http://127.0.0.1:9"), "W&B is offline: CommError")
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_from_the_start(tmp_path: Path) -> None:
     with Listener() as listener:
         ended = mi_run(tmp_path, listener.url)

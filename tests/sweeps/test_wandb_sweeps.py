@@ -22,6 +22,7 @@ from mi_experiments.records.result import read_result
 DEFINITION = Path(conf_directory()) / "wandb_sweep.yaml"
 
 
+@pytest.mark.slow
 def test_leet_lists_every_job_of_a_sweep_with_its_numbers(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
