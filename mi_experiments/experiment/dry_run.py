@@ -137,7 +137,8 @@ def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> flo
     if config.wbits.allocation is not Allocation.unquantized:
         size = config.wbits.group_size or max(sizes)
         scales = sum(math.ceil(channels / size) for channels in sizes)
-        zero_points = 0 if config.wbits.symmetric else average
+        low, zero_bits = int(average), config.wbits.number_format.zero_bits
+        zero_points = zero_bits(low) + (average - low) * (zero_bits(low + 1) - zero_bits(low))
         per_weight += scales * (config.recipe.scale_bits + zero_points) / site.columns
     if len(sizes) > 1 and config.wbits.allocation is not Allocation.unquantized:
         index = site.columns * math.ceil(math.log2(len(sizes))) + 4 * len(sizes)

@@ -77,15 +77,15 @@ class StoredModel:
             names[0]: (tensors, {"format": "pt"}),
             names[1]: (json.dumps(linears, indent=1) + "\n").encode(),
         }
-        symmetric, scale_bits = self.config.wbits.symmetric, self.config.recipe.scale_bits
+        levels, scale_bits = self.config.wbits.number_format, self.config.recipe.scale_bits
         if self.config.export is Export.dense:
             grids = {x.report.name: x.grids for x in block.linears if x.report.changed}
             places = find_places(self.weights, block.index, [x.linear for x in block.linears])
-            layouts = lay_out(block.linears, places, symmetric=symmetric, scale_bits=scale_bits)
+            layouts = lay_out(block.linears, places, number_format=levels, scale_bits=scale_bits)
             files[names[2]] = grid_tensors(grids), layouts
         if self.config.export is Export.packed:
             files[names[2]] = pack_linears(
-                block.linears, symmetric=symmetric, scale_bits=scale_bits
+                block.linears, number_format=levels, scale_bits=scale_bits
             )
         self.commits.place(files)
         self._read_back(block.index, names[0])

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mi_experiments.errors import AuditError
-from mi_experiments.method.grid import UNQUANTIZED, Grid, smallest_scale, store_scale
+from mi_experiments.method.grid import UNQUANTIZED, Grid
+from mi_experiments.method.number_formats import smallest_scale, store_scale, top_code
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept
 
@@ -203,20 +204,24 @@ def _audit_codes(
     rows: Int64[Tensor, "part"],
     columns: Int64[Tensor, "quantized"],
 ) -> None:
-    """Check weight = scale · (code − zero point), exactly, with code and zero point in range.
+    """Check weight = scale · level of its code, exactly, with code and zero point in range.
 
-    The product of an 11-bit scale and an 8-bit code is exact in float32, and that of a 24-bit scale
-    is rounded once, here as there: no tolerance is due.
+    A zero point that is not stored must be the one that its width implies. The product of an 11-bit
+    scale and an 8-bit code is exact in float32, and that of other scales and levels is rounded
+    once, here as there: no tolerance is due.
     """
     group = grid.scale_group[columns]
     scale, zero = grid.scale[rows][:, group], grid.zero_point[rows][:, group]
     code, left = codes[:, columns], kept[:, columns]
-    top = 2 ** grid.bits[columns].int() - 1
-    if bad := int(((zero < 0) | (zero > top)).count_nonzero()):
+    bits = grid.bits[columns]
+    top, implied = top_code(bits), grid.number_format.implied_zero(bits)
+    free = torch.tensor([grid.number_format.zero_bits(width) > 0 for width in bits.tolist()])
+    wrong = (zero < 0) | (zero > top) | ((zero != implied) & ~free.to(zero.device))
+    if bad := int(wrong.count_nonzero()):
         raise AuditError(f"zero points of {bad} quantized weights are not codes of their width")
     if bad := int((((code < 0) | (code > top)) & left).count_nonzero()):
         raise AuditError(f"codes of {bad} quantized weights do not fit their width")
-    level = scale * (code - zero)
+    level = scale * grid.number_format.decode(code.masked_fill(~left, 0), bits, zero)
     off = (weight[:, columns] != level) & left
     if bad := int(off.count_nonzero()):
         row, at = off.nonzero()[0].tolist()

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int, Int64, UInt8
 from torch import Tensor
 
 from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
+from mi_experiments.method.number_formats import UNIFORM, NumberFormat
 from mi_experiments.method.pruning import Sparsity
 
 WIDTH_BITS = 4
@@ -63,7 +64,7 @@ class Layout:
         sparsity: Which pattern is stored.
         groups: Number of channel groups; 0 if nothing is quantized.
         group_size: Most channels that share a scale inside a channel group.
-        symmetric: Whether zero points are 2^(bits − 1), and so are not stored.
+        number_format: Which level each code stands for.
         dtype: The 16-bit dtype of the weights of unquantized channels; of a linear that nothing was
             done to, it may have more.
         scale_bits: Width of a stored scale: 16 for float16, 32 for float32.
@@ -74,14 +75,21 @@ class Layout:
     sparsity: Sparsity
     groups: int
     group_size: int
-    symmetric: bool
     dtype: torch.dtype
     scale_bits: int = 16
+    number_format: NumberFormat = UNIFORM
 
     @property
     def index_bits(self) -> int:
         """Bits per channel that tell its group: ⌈log₂ groups⌉."""
         return max(self.groups - 1, 0).bit_length()
+
+    def zero_bits(self, bits: UInt8[Tensor, "groups"]) -> Int64[Tensor, "groups"]:
+        """Return the bits that a stored zero point takes at each width; 0 where none is stored."""
+        count = self.number_format.zero_bits
+        return torch.tensor(
+            [0 if b == UNQUANTIZED else count(b) for b in bits.tolist()], device=bits.device
+        )
 
     @property
     def unquantized_bits(self) -> int:
@@ -114,7 +122,6 @@ def find_layout(
     sparsity: Sparsity,
     channel_group: Int[Tensor, "columns"] | None,
     *,
-    symmetric: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Layout:
     """Describe how a linear is stored, after checking that the streams would say it all.
@@ -124,7 +131,6 @@ def find_layout(
         pruned: Weights that are zero.
         sparsity: The pattern that ``pruned`` follows.
         channel_group: Group of each channel, any labels; None for a single group.
-        symmetric: Whether zero points follow from the widths.
         dtype: Of the weights of unquantized channels: 16 bits, but where nothing is pruned either.
 
     Raises:
@@ -136,7 +142,7 @@ def find_layout(
     if dtype.itemsize != 2 and (grid is not None or not sparsity.is_dense):
         raise ValueError(f"unquantized weights are stored in 16 bits, not as {dtype}")
     if grid is None:
-        return Layout(rows, columns, sparsity, 0, columns, symmetric, dtype)
+        return Layout(rows, columns, sparsity, 0, columns, dtype)
     labels = label_groups(channel_group, grid)
     groups = int(labels.max()) + 1
     if not torch.equal(first_of(grid.bits, labels, groups)[labels], grid.bits):
@@ -144,10 +150,15 @@ def find_layout(
     group_size = int(grid.scale_group.bincount().max())
     if not torch.equal(scale_groups(labels, group_size), grid.scale_group):
         raise ValueError(f"scale groups are not chunks of {group_size} channels of a group")
+    layout = Layout(
+        rows, columns, sparsity, groups, group_size, dtype, grid.scale_bits, grid.number_format
+    )
     width, stored = scale_widths(grid)
-    if symmetric and (grid.zero_point[:, stored] != 2 ** (width[stored] - 1)).any():
-        raise ValueError("a symmetric grid has a zero point other than 2^(bits − 1)")
-    return Layout(rows, columns, sparsity, groups, group_size, symmetric, dtype, grid.scale_bits)
+    implied = stored & (layout.zero_bits(width) == 0)
+    zero = grid.number_format.implied_zero(width)
+    if (grid.zero_point != zero)[:, implied].any():
+        raise ValueError("a zero point that is not stored is other than its width implies")
+    return layout
 
 
 def count_storage(
@@ -156,7 +167,6 @@ def count_storage(
     sparsity: Sparsity,
     channel_group: Int[Tensor, "columns"] | None,
     *,
-    symmetric: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Storage:
     """Count the bits of a linear, which are those that `pack` writes.
@@ -166,10 +176,9 @@ def count_storage(
         pruned: Weights that are zero.
         sparsity: The pattern that ``pruned`` follows.
         channel_group: Group of each channel, any labels; None for a single group.
-        symmetric: Whether zero points follow from the widths and are not stored.
         dtype: Of the weights of unquantized channels.
     """
-    layout = find_layout(grid, pruned, sparsity, channel_group, symmetric=symmetric, dtype=dtype)
+    layout = find_layout(grid, pruned, sparsity, channel_group, dtype=dtype)
     kept = (~pruned).count_nonzero(0)
     pattern = layout.patterns * layout.pattern_bits
     if grid is None:
@@ -179,7 +188,7 @@ def count_storage(
         weights=pruned.numel(),
         codes=int((kept * grid.bits).sum()),
         scales=layout.rows * int(stored.sum()) * layout.scale_bits,
-        zero_points=0 if symmetric else layout.rows * int(width[stored].sum()),
+        zero_points=layout.rows * int(layout.zero_bits(width)[stored].sum()),
         pattern=pattern,
         group_index=layout.columns * layout.index_bits + layout.groups * WIDTH_BITS,
     )
@@ -216,6 +225,6 @@ def first_of(
 def scale_widths(
     grid: Grid,
 ) -> tuple[UInt8[Tensor, "scale_groups"], Bool[Tensor, "scale_groups"]]:
-    """Width of each scale group, and whether it has a scale to store."""
-    width = first_of(grid.bits, grid.scale_group.long(), grid.scale.shape[1])
+    """Return the width of each scale group, and whether it has a scale to store."""
+    width = grid.group_bits
     return width, width != UNQUANTIZED

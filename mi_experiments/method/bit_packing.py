@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int, Int64, Integer, UInt8
 from torch import Tensor
 
 from mi_experiments.method.bit_count import WIDTH_BITS, Layout, first_of, label_groups, scale_widths
-from mi_experiments.method.grid import SCALE_DTYPES, UNQUANTIZED, Grid, scale_groups
+from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
+from mi_experiments.method.number_formats import SCALE_DTYPES
 from mi_experiments.method.pruning import Sparsity
 
 CHUNK = 2**18
@@ -66,10 +67,9 @@ def pack(
         width, stored = scale_widths(grid)
         scales = grid.scale[:, stored].to(SCALE_DTYPES[layout.scale_bits])
         fields["scales"] = [(scales.view(INTEGERS[layout.scale_bits]), layout.scale_bits)]
-        if not layout.symmetric:
-            fields["zero_points"] = [
-                (grid.zero_point[:, at], b) for b, at in _by_width(width) if b != UNQUANTIZED
-            ]
+        fields["zero_points"] = [
+            (grid.zero_point[:, at], wide) for wide, at in _stored_zeros(width, layout)
+        ]
     whole = weight.to(layout.dtype).view(INTEGERS[layout.unquantized_bits])
     fields["codes"] = [
         (whole[:, at][~pruned[:, at]], layout.unquantized_bits)
@@ -126,14 +126,23 @@ def _read_grid(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Gri
     (scales,) = _read(streams["scales"], [(layout.rows * int(stored.sum()), wide)])
     scales = scales.to(INTEGERS[wide]).view(SCALE_DTYPES[wide])
     scale[:, stored] = scales.view(layout.rows, -1).float()
-    zero_point = torch.where(stored, 2 ** (width.int() - 1), 0).expand(layout.rows, -1).int()
-    if not layout.symmetric:
-        parts = [(b, at) for b, at in _by_width(width) if b != UNQUANTIZED]
-        zeros = _read(streams["zero_points"], [(layout.rows * len(at), b) for b, at in parts])
-        zero_point = zero_point.clone()
-        for (_, at), values in zip(parts, zeros, strict=True):
-            zero_point[:, at] = values.view(layout.rows, -1).int()
-    return Grid(bits, shared, scale, zero_point, wide)
+    implied = torch.where(stored, layout.number_format.implied_zero(width), 0)
+    zero_point = implied.repeat(layout.rows, 1).int()
+    parts = list(_stored_zeros(width, layout))
+    zeros = _read(streams["zero_points"], [(layout.rows * len(at), b) for b, at in parts])
+    for (_, at), values in zip(parts, zeros, strict=True):
+        zero_point[:, at] = values.view(layout.rows, -1).int()
+    return Grid(bits, shared, scale, zero_point, wide, layout.number_format)
+
+
+def _stored_zeros(
+    width: UInt8[Tensor, "scale_groups"], layout: Layout
+) -> Iterator[tuple[int, Int64[Tensor, "chosen"]]]:
+    """Yield, by width, the scale groups whose zero points are stored, with the bits of each."""
+    zero_bits = layout.zero_bits(width)
+    for _, at in _by_width(width):
+        if bits := int(zero_bits[at[0]]):
+            yield bits, at
 
 
 def _combinations(sparsity: Sparsity) -> Int64[Tensor, "positions counts"]:

@@ -46,6 +46,7 @@ COST_FIELDS = (
     "sparsity.n",
     "sparsity.m",
     "wbits.cost",
+    "wbits.grid",
     "wbits.symmetric",
     "wbits.group_size",
     "wbits.widths",
@@ -69,5 +70,6 @@ def cost_config(config: Config) -> Config:
     narrowed = narrow(config, fields)
     narrowed.n_groups = replace(config.n_groups, adaptive=config.adapts_groups)
     if mixed:
-        narrowed.wbits.widths = sorted({*config.wbits.candidate_widths(), *ALL_WIDTHS})
+        known = {width for width in ALL_WIDTHS if width in config.wbits.number_format.widths}
+        narrowed.wbits.widths = sorted({*config.wbits.candidate_widths(), *known})
     return narrowed

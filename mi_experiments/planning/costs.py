@@ -64,8 +64,8 @@ def measure_group_costs(
                 weight,
                 bits,
                 scale_group,
-                symmetric=wbits.symmetric,
                 clip_search=config.recipe.clip_search,
+                number_format=wbits.number_format,
                 scale_bits=config.recipe.scale_bits,
                 pruned=pruned,
             )
