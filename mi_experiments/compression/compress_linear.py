@@ -17,8 +17,9 @@ from mi_experiments.config.recipe import DeadChannels, GridFit, WindowChoice
 from mi_experiments.method.audit import vanishes
 from mi_experiments.method.damping import damp
 from mi_experiments.method.gptq_groups import sweep_and_fit
-from mi_experiments.method.grid import UNQUANTIZED, Grid, fit_grid
+from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian
+from mi_experiments.method.number_formats import UNQUANTIZED
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.refine import refine
 from mi_experiments.method.relative_error import relative_error

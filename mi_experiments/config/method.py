@@ -9,12 +9,12 @@ from annotated_types import Ge, Interval, Predicate
 
 from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.errors import InputError, require
-from mi_experiments.method.grid import UNQUANTIZED
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.information import Estimator
 from mi_experiments.method.number_formats import (
     NUMBER_FORMATS,
     SYMMETRIC,
+    UNQUANTIZED,
     NumberFormat,
     find_format,
 )

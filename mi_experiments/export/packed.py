@@ -20,10 +20,11 @@ from torch import Tensor
 from mi_experiments.compression.pipeline import CompressedLinear, LinearGrid
 from mi_experiments.method.bit_count import Layout, find_layout
 from mi_experiments.method.bit_packing import STREAMS, pack, unpack
-from mi_experiments.method.grid import UNQUANTIZED, Grid
+from mi_experiments.method.grid import Grid
 from mi_experiments.method.number_formats import (
     SYMMETRIC,
     UNIFORM,
+    UNQUANTIZED,
     NumberFormat,
     find_format,
 )

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mi_experiments.errors import AuditError
-from mi_experiments.method.grid import UNQUANTIZED, Grid
-from mi_experiments.method.number_formats import smallest_scale, store_scale, top_code
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.number_formats import UNQUANTIZED, smallest_scale, store_scale, top_code
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept
 

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Int, Int64, UInt8
 from torch import Tensor
 
-from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
-from mi_experiments.method.number_formats import UNIFORM, NumberFormat
+from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.number_formats import UNIFORM, UNQUANTIZED, NumberFormat
 from mi_experiments.method.pruning import Sparsity
 
 WIDTH_BITS = 4

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int, Int64, Integer, UInt8
 from torch import Tensor
 
 from mi_experiments.method.bit_count import WIDTH_BITS, Layout, first_of, label_groups, scale_widths
-from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
-from mi_experiments.method.number_formats import SCALE_DTYPES
+from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.number_formats import SCALE_DTYPES, UNQUANTIZED
 from mi_experiments.method.pruning import Sparsity
 
 CHUNK = 2**18

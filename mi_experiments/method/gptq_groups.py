@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
-from mi_experiments.method.grid import UNQUANTIZED, Grid, fit_grid
+from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor
-from mi_experiments.method.number_formats import UNIFORM, NumberFormat
+from mi_experiments.method.number_formats import UNIFORM, UNQUANTIZED, NumberFormat
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import LEAF, SweepState, Swept, check_sweep, halve, least_rows
 from mi_experiments.out_of_memory import in_pieces

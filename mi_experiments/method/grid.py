@@ -16,13 +16,11 @@ from mi_experiments.errors import NumericalError
 from mi_experiments.method.number_formats import (
     MAX_BITS,
     UNIFORM,
+    UNQUANTIZED,
     NumberFormat,
     store_scale,
     top_code,
 )
-
-UNQUANTIZED = 16
-"""The width that means: keep this channel's weights as they are."""
 
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(30))
 """Fractions of the full range that the clip search tries: 1.00, 0.98, …, 0.42."""

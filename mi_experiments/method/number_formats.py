@@ -7,10 +7,14 @@ class and a row of `NUMBER_FORMATS`; what sweeps, refines, audits, counts and pa
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int16, Integer
+from jaxtyping import Float, Float32, Int16, Integer
 from torch import Tensor
+
+UNQUANTIZED = 16
+"""The width that means: keep this channel's weights as they are."""
 
 MAX_BITS = 8
 """With 8-bit codes and 11-bit scales a product is exact in float32."""
@@ -161,9 +165,125 @@ class Uniform(NumberFormat):
         return codes - zero
 
 
+class Codebook(NumberFormat):
+    """A list of levels for each width, in ascending order; zero is one of them."""
+
+    @abstractmethod
+    def levels(self, bits: int) -> Float32[Tensor, "levels"]:
+        """Return the levels of a width, at most 2^bits: ascending, distinct, and 0 exactly once."""
+
+    def implied_zero(self, bits: Integer[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
+        """Return where zero is among the levels."""
+        places = [0] * (UNQUANTIZED + 1)
+        for width in self.widths:
+            places[width] = int((_table(self, width)[0] < 0).sum())
+        return torch.tensor(places, dtype=torch.int32, device=bits.device)[bits.long()]
+
+    def fit(
+        self,
+        weight: Float[Tensor, "rows groups size"],
+        bits: int,
+        shrink: Float[Tensor, "factors 1 1"],
+        scale_bits: int,
+    ) -> tuple[Float[Tensor, "factors rows groups"], Float[Tensor, "factors rows groups"]]:
+        """Let the outermost levels reach the outermost weights, and shrink from there."""
+        least, most = _table(self, bits)[0][[0, -1]].tolist()
+        needed = weight.new_zeros(weight.shape[:-1])
+        if most > 0:
+            needed = torch.maximum(needed, weight.amax(-1) / most)
+        if least < 0:
+            needed = torch.maximum(needed, weight.amin(-1) / least)
+        scale = store_scale(shrink * needed, scale_bits).clamp(min=smallest_scale(scale_bits))
+        scale = torch.where(needed == 0, 1.0, scale)
+        zero = self.implied_zero(torch.tensor(bits, device=weight.device))
+        return scale, zero.to(scale.dtype).expand_as(scale)
+
+    def limits(self, bits: Integer[Tensor, "..."], zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the outermost levels."""
+        ends = torch.zeros(UNQUANTIZED + 1, 2)
+        for width in self.widths:
+            ends[width] = _table(self, width)[0][[0, -1]]
+        dtype = zero.dtype if zero.is_floating_point() else ends.dtype
+        found = ends.to(zero.device, dtype)[bits.long()]
+        return found[..., 0], found[..., 1]
+
+    def round_(self, value: Float[Tensor, "*shape"], bits: int) -> Float[Tensor, "*shape"]:
+        """Take the nearest of the levels, the lower one of two that are equally near."""
+        levels, between = _table(self, bits, value.dtype, value.device)
+        return value.copy_(levels[torch.bucketize(value.contiguous(), between)])
+
+    def encode(
+        self, value: Float[Tensor, "*shape"], bits: Integer[Tensor, "..."], zero: Tensor
+    ) -> Int16[Tensor, "*shape"]:
+        """Return the place of the nearest level in the list; 0 where a channel has no list."""
+        codes = torch.zeros_like(value, dtype=torch.int16)
+        for width in set(bits.flatten().tolist()) & set(self.widths):
+            _, between = _table(self, width, value.dtype, value.device)
+            codes = torch.where(
+                bits == width, torch.bucketize(value.contiguous(), between).short(), codes
+            )
+        return codes
+
+    def decode(
+        self, codes: Integer[Tensor, "*shape"], bits: Integer[Tensor, "..."], zero: Tensor
+    ) -> Tensor:
+        """Look the levels up."""
+        level = torch.zeros_like(codes, dtype=torch.float32)
+        for width in set(bits.flatten().tolist()) & set(self.widths):
+            table, _ = _table(self, width, level.dtype, level.device)
+            found = table[codes.long().clamp(0, len(table) - 1)]
+            level = torch.where(bits == width, found, level)
+        return level
+
+
+@lru_cache(maxsize=256)
+def _table(
+    codebook: Codebook,
+    bits: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> tuple[Float[Tensor, "levels"], Float[Tensor, "gaps"]]:
+    """Return levels and the middles between neighbours, which a device is given once."""
+    levels = codebook.levels(bits).to(device, dtype)
+    return levels, (levels[1:] + levels[:-1]) / 2
+
+
+@dataclass(frozen=True)
+class NormalFloat(Codebook):
+    """NormalFloat: quantiles of the normal distribution (QLoRA, arXiv:2305.14314, appendix E).
+
+    2^(bits − 1) positive levels, zero, and 2^(bits − 1) − 1 negative ones are each equally likely
+    under a normal distribution, from the tail probability ½ (1/2^(bits + 1) + 1/(2^(bits + 1) − 2))
+    to the middle, divided by the largest. One scale a (row, scale group) and no zero point.
+    """
+
+    name = "normal_float"
+    widths = tuple(range(2, MAX_BITS + 1))
+
+    def levels(self, bits: int) -> Float32[Tensor, "levels"]:
+        """Return the quantiles as the published code computes them, which is in float32."""
+        tail = (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
+        # For four bits 0.9677083 is published: seven digits.
+        first, middle = torch.tensor([round(1 - tail, 7), 0.5], dtype=torch.float32)
+
+        def quantiles(count: int) -> Float32[Tensor, "quantiles"]:
+            # Counted from the nearer end, as `torch.linspace` does, but alike on every machine.
+            step, at = (middle - first) / count, torch.arange(count, dtype=torch.float32)
+            near = at < (count + 1) // 2
+            chance = torch.where(near, first + step * at, middle - step * (count - at))
+            found: Tensor = torch.special.ndtri(chance.double()).float()
+            return found
+
+        positive, negative = quantiles(2 ** (bits - 1)), -quantiles(2 ** (bits - 1) - 1)
+        levels = torch.cat([negative, positive.new_zeros(1), positive.flip(0)])
+        return levels / levels.max()
+
+
 UNIFORM, SYMMETRIC = Uniform(), Uniform(symmetric=True)
 
-NUMBER_FORMATS: dict[str, NumberFormat] = {UNIFORM.name: UNIFORM}
+NUMBER_FORMATS: dict[str, NumberFormat] = {
+    format_.name: format_ for format_ in (UNIFORM, NormalFloat())
+}
 """The formats by the name that `wbits.grid` gives them."""
 
 

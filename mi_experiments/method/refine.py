@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
-from mi_experiments.method.grid import UNQUANTIZED, Grid
-from mi_experiments.method.number_formats import store_scale
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.number_formats import UNQUANTIZED, store_scale
 from mi_experiments.method.sparsegpt import Swept
 from mi_experiments.out_of_memory import in_pieces
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int16, Int64
+from jaxtyping import Bool, Float, Int, Int16, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
-from mi_experiments.method.grid import UNQUANTIZED, Grid
+from mi_experiments.method.grid import Grid
 from mi_experiments.method.hessian import Factor
+from mi_experiments.method.number_formats import UNQUANTIZED
 from mi_experiments.method.pruning import Selection, Sparsity, choose_pruned
 from mi_experiments.out_of_memory import in_pieces
 
@@ -258,7 +259,7 @@ class SweepState:
         limits = least.masked_fill_(pruned, 0), most.masked_fill_(pruned, 0)
         return (rows.unbind(0) for rows in (scale, *limits))
 
-    def put(self, fitted: Grid, groups: Int64[Tensor, "fitted"]) -> None:
+    def put(self, fitted: Grid, groups: Int[Tensor, "fitted"]) -> None:
         """Take the grids of some scale groups, whose channels are still to be fixed."""
         self.scale[groups] = fitted.scale.T.to(self.scale.dtype)
         self.zero[groups] = zero = fitted.zero_point.T.to(self.zero.dtype)

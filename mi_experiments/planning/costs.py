@@ -13,8 +13,9 @@ from mi_experiments.config.method import Cost
 from mi_experiments.config.recipe import DeadChannels
 from mi_experiments.errors import NumericalError
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.method.grid import UNQUANTIZED, fit_grid, scale_groups
+from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, sweep_order
+from mi_experiments.method.number_formats import UNQUANTIZED
 from mi_experiments.method.pruning import choose_pruned, possible_parts, pruning_costs
 
 

@@ -101,6 +101,11 @@ def test_seqlen_follows_the_model() -> None:
         ),
         ("corpora.c4.splits.train=[]", ["corpora.c4.splits.train=[]", "at least one file"]),
         ("wbits.widths=[5,6]", ["wbits.widths=[5, 6]", "wbits.average"]),
+        ("wbits.grid=float4", ["wbits.grid=float4", "uniform, normal_float"]),
+        (
+            "wbits={grid: normal_float, symmetric: true}",
+            ["wbits.symmetric=true", "false unless grid=uniform"],
+        ),
         ("dataset.nsamples=many", ["dataset.nsamples", "many"]),
         ("n_groups.grouping=best", ["n_groups.grouping", "best", "mutual_information"]),
         ("dataset.corpus=pile", ["dataset.corpus=pile", "embedded, text, wikitext2, ptb, c4"]),

@@ -28,7 +28,7 @@ from mi_experiments.records.result import (
 PAGE = (Path(__file__).parents[2] / "docs" / "artefacts.md").read_text()
 (READER,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 RECORDS = (Result, Provenance, Evaluation, Bits, SafetyNet, Candidate, InformationSummary, Sparsity)
-LAYOUT = as_json(Layout(1, 1, Sparsity(0.0), 0, 1, torch.float16), find_format("uniform"))
+LAYOUT = as_json(Layout(1, 1, Sparsity(0.0), 0, 1, torch.float16), find_format("normal_float"))
 NAMES = {field.name for record in RECORDS for field in dataclasses.fields(record)} | LAYOUT.keys()
 
 
@@ -39,11 +39,18 @@ def test_every_field_and_every_tensor_is_described() -> None:
 
 
 @pytest.mark.parametrize("sparsity", [Sparsity(0.0), Sparsity(0.5), Sparsity(0.5, 2, 4)])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("grid_name", "symmetric"), [("uniform", False), ("uniform", True), ("normal_float", False)]
+)
 @pytest.mark.parametrize("widths", [(3, 4, 16), (4, 4, 4), (16, 16, 16)])
 @pytest.mark.parametrize(("dtype", "scale_bits"), [("float16", 16), ("bfloat16", 32)])
 def test_the_reader_of_the_page_reads_what_we_pack(
-    sparsity: Sparsity, symmetric: bool, widths: tuple[int, ...], dtype: str, scale_bits: int
+    sparsity: Sparsity,
+    grid_name: str,
+    symmetric: bool,
+    widths: tuple[int, ...],
+    dtype: str,
+    scale_bits: int,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 24, generator=generator)
@@ -54,7 +61,7 @@ def test_the_reader_of_the_page_reads_what_we_pack(
     bits, grid, codes = torch.tensor(widths, dtype=torch.uint8)[group.long()], None, None
     if min(widths) < 16:
         shared = scale_groups(group, 5)
-        levels = find_format("uniform", symmetric=symmetric)
+        levels = find_format(grid_name, symmetric=symmetric)
         grid = fit_grid(
             weight, bits, shared, clip_search=False, number_format=levels, scale_bits=scale_bits
         )
