@@ -202,8 +202,8 @@ def solve(
 
 def pattern_block(columns: int, sparsity: Sparsity, config: Config) -> int:
     """Return how many sweep positions choose their pruned weights together."""
-    if sparsity.is_structured and config.recipe.window_choice is WindowChoice.dynamic:
-        return sparsity.m
+    if sparsity.window > 1 and config.recipe.window_choice is WindowChoice.dynamic:
+        return sparsity.window
     return config.sparsity.mask_block_of(columns)
 
 

@@ -18,7 +18,8 @@ from mi_experiments.method.number_formats import (
     NumberFormat,
     find_format,
 )
-from mi_experiments.method.pruning import PARTS, Sparsity
+from mi_experiments.method.pruning import PATTERNS, Sparsity
+from mi_experiments.method.pruning_costs import PARTS
 
 WIDTH = Predicate(lambda bits: 2 <= bits <= 8 or bits == UNQUANTIZED)
 """The range of a number of bits."""
@@ -73,6 +74,14 @@ class SparsityScope(Enum):
 class SparsityConfig:
     """Fraction of weights set to zero; n:m keeps n weights of every m consecutive channels."""
 
+    pattern: Annotated[
+        str | None,
+        Predicate(lambda name: name is None or name in PATTERNS),
+        About(
+            "which weights may be zero together; null: windows where m is given, else unstructured",
+            allowed=f"{', '.join(PATTERNS)}, or null",
+        ),
+    ]
     ratio: Annotated[float, Interval(ge=0, le=1), About("share of the weights that become zero")]
     n: Annotated[int, Ge(0), About("weights kept of every m; 0, with m=0: any weights")]
     m: Annotated[int, Ge(0), About("consecutive channels of which n weights are kept")]
@@ -94,6 +103,12 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         """Check what the fields say of each other."""
+        if self.pattern is not None:
+            windows = self.pattern == "windows"
+            fits = windows == bool(self.m)
+            require("pattern", self.pattern, fits, "windows with n and m, another one without")
+            alone = windows or self.pattern == "unstructured" or not self.allocated
+            require("scope", self.scope, alone, f"linear with pattern={self.pattern}")
         if self.n or self.m:
             fits = 0 < self.n < self.m
             require("n", self.n, fits, f"from 1 to m - 1 = {self.m - 1} (0 with m=0: off)")
@@ -108,15 +123,15 @@ class SparsityConfig:
         require("ratio", self.ratio, fits, f"at most {PARTS - 1}/{PARTS} with scope=model")
 
     @property
-    def pattern(self) -> Sparsity:
+    def average(self) -> Sparsity:
         """The sparsity that every linear gets, or that they get on average."""
-        return Sparsity(self.ratio, self.n, self.m)
+        return Sparsity(self.ratio, self.n, self.m, self.pattern or "")
 
     def mask_block_of(self, columns: int) -> int:
         """Return the mask block of a linear: the one asked for, or columns / 8, at most 128."""
         if self.mask_block is not None:
             return self.mask_block
-        unit = max(self.m, 1)
+        unit = 1 if self.allocated else self.average.window
         return max(unit, min(128, columns // 8) // unit * unit)
 
     @property

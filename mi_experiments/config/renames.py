@@ -23,7 +23,7 @@ VALUES = {
 }
 """Values of a key, to their names now."""
 
-ADDED = {"wbits.grid": "uniform"}
+ADDED = {"wbits.grid": "uniform", "sparsity.pattern": None}
 """Keys that earlier versions had not, with what every run of theirs did. A key with that value is
 no part of a run's identity, so that older runs keep theirs."""
 

@@ -6,7 +6,6 @@ each. Linears that were left as they are, at 16 bits a weight, are there too. It
 accounting and the compact form for storage; no runtime of this project computes on it.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -137,7 +136,7 @@ def as_json(layout: Layout, number_format: NumberFormat) -> dict[str, Any]:
     return {
         "rows": layout.rows,
         "columns": layout.columns,
-        "sparsity": dataclasses.asdict(layout.sparsity),
+        "sparsity": layout.sparsity.stored(),
         "groups": layout.groups,
         "group_size": layout.group_size,
         "symmetric": number_format == SYMMETRIC,

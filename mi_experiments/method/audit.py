@@ -70,10 +70,9 @@ def audit_linear(
         raise AuditError(f"{bad} of {weight.numel()} weights are not finite")
     if bad := int((weight[pruned] != 0).count_nonzero()):
         raise AuditError(f"{bad} of {int(pruned.count_nonzero())} pruned weights are not zero")
-    if sparsity.is_structured:
-        _audit_windows(pruned, sparsity)
-    else:
-        _audit_mask_blocks(pruned, sparsity, order, mask_block, selection)
+    if fault := sparsity.kind.fault(pruned, sparsity):
+        raise AuditError(fault)
+    _audit_mask_blocks(pruned, sparsity, order, mask_block, selection)
     levels_max = 0 if grid is None else _audit_grid(swept, grid)
     if stored is not None and not torch.equal(stored, weight.to(stored.dtype)):
         bad = int((stored != weight.to(stored.dtype)).count_nonzero())
@@ -99,20 +98,6 @@ def vanishes(target: Float[Tensor, "rows columns"], swept: Swept, grid: Grid | N
     return bool(target.any()) and not swept.weight.any() and not swept.pruned.all()
 
 
-def _audit_windows(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> None:
-    """Count the weights kept in every window of consecutive channels."""
-    rows, columns = pruned.shape
-    if columns % sparsity.m:
-        raise AuditError(f"{columns} columns cannot be cut into windows of {sparsity.m}")
-    kept = (~pruned).reshape(rows, -1, sparsity.m).count_nonzero(-1)
-    if wrong := (kept != sparsity.n).nonzero().tolist():
-        row, window = wrong[0]
-        raise AuditError(
-            f"{len(wrong)} of {kept.numel()} windows do not keep {sparsity.n} of {sparsity.m} "
-            f"weights: row {row}, channels from {window * sparsity.m}, keeps {kept[row, window]}"
-        )
-
-
 def _audit_mask_blocks(
     pruned: Bool[Tensor, "rows columns"],
     sparsity: Sparsity,
@@ -127,12 +112,11 @@ def _audit_mask_blocks(
     counts = torch.split(pruned.count_nonzero(0)[order].cpu(), mask_block)
     for block, count in enumerate(counts):
         found, weights = int(count.sum()), rows * len(count)
-        expected = round(sparsity.ratio * weights)
-        if not selection.may_prune(found, sparsity.ratio, weights):
+        if fault := sparsity.kind.block_fault(found, weights, sparsity, selection):
             start = block * mask_block
             raise AuditError(
                 f"{found} weights are pruned at sweep positions {start} to "
-                f"{start + len(count) - 1} where a sparsity of {sparsity.ratio} asks for {expected}"
+                f"{start + len(count) - 1} where {fault}"
             )
 
 

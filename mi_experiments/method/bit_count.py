@@ -8,7 +8,7 @@ row.
 """
 
 from dataclasses import dataclass
-from math import comb
+from math import prod
 
 import torch
 from jaxtyping import Bool, Int, Int64, UInt8
@@ -96,20 +96,6 @@ class Layout:
         """Bits of a weight of an unquantized channel."""
         return 8 * self.dtype.itemsize
 
-    @property
-    def patterns(self) -> int:
-        """Number of stored patterns: one per window, per weight, or none."""
-        if self.sparsity.is_dense:
-            return 0
-        return self.rows * self.columns // max(self.sparsity.m, 1)
-
-    @property
-    def pattern_bits(self) -> int:
-        """Bits per pattern: ⌈log₂ C(m, n)⌉ for a window, 1 for a weight."""
-        if not self.sparsity.is_structured:
-            return 1
-        return (comb(self.sparsity.m, self.sparsity.n) - 1).bit_length()
-
 
 def average_bits(bits: UInt8[Tensor, "columns"]) -> float:
     """Average the width of the codes over all weights, pruned ones included."""
@@ -180,7 +166,7 @@ def count_storage(
     """
     layout = find_layout(grid, pruned, sparsity, channel_group, dtype=dtype)
     kept = (~pruned).count_nonzero(0)
-    pattern = layout.patterns * layout.pattern_bits
+    pattern = prod(sparsity.count(layout.rows, layout.columns))
     if grid is None:
         return Storage(pruned.numel(), int(kept.sum()) * layout.unquantized_bits, 0, 0, pattern, 0)
     width, stored = scale_widths(grid)
@@ -198,11 +184,8 @@ def _check_pattern(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> 
     """Refuse a pattern that the stream for this sparsity could not say."""
     if sparsity.is_dense and pruned.any():
         raise ValueError("weights are pruned although the sparsity is 0")
-    if sparsity.is_structured:
-        if pruned.shape[1] % sparsity.m:
-            raise ValueError(f"{pruned.shape[1]} columns are no windows of {sparsity.m}")
-        if ((~pruned).view(len(pruned), -1, sparsity.m).count_nonzero(-1) != sparsity.n).any():
-            raise ValueError(f"a window does not keep {sparsity.n} of {sparsity.m} weights")
+    if fault := sparsity.kind.fault(pruned, sparsity):
+        raise ValueError(fault)
 
 
 def label_groups(

@@ -1,7 +1,6 @@
 """Pack a compressed linear into the bits that `storage` counts, and read it back exactly."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import comb
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from mi_experiments.method.bit_count import WIDTH_BITS, Layout, first_of, label_groups, scale_widths
 from mi_experiments.method.grid import Grid, scale_groups
 from mi_experiments.method.number_formats import SCALE_DTYPES, UNQUANTIZED
-from mi_experiments.method.pruning import Sparsity
 
 CHUNK = 2**18
 """Values turned into bits at a time."""
@@ -78,15 +76,19 @@ def pack(
         for b, at in _by_width(bits)
     ]
     if not layout.sparsity.is_dense:
-        fields["pattern"] = [(_rank(pruned, layout.sparsity), layout.pattern_bits)]
+        _, width_of_number = layout.sparsity.count(layout.rows, layout.columns)
+        numbers = layout.sparsity.kind.pack(pruned, layout.sparsity)
+        fields["pattern"] = [(numbers, width_of_number)]
     return {name: _write(field) for name, field in fields.items()}
 
 
 def unpack(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Unpacked:
     """Read back what `pack` wrote, exactly."""
     rows, columns = layout.rows, layout.columns
-    (ranks,) = _read(streams["pattern"], [(layout.patterns, layout.pattern_bits)])
-    pruned = _unrank(ranks, layout)
+    pruned = torch.zeros(rows, columns, dtype=torch.bool)
+    if not layout.sparsity.is_dense:
+        (numbers,) = _read(streams["pattern"], [layout.sparsity.count(rows, columns)])
+        pruned = layout.sparsity.kind.unpack(numbers, rows, columns, layout.sparsity)
     bits = torch.full((columns,), UNQUANTIZED, dtype=torch.uint8)
     grid = _read_grid(streams, layout) if layout.groups else None
     if grid is not None:
@@ -143,43 +145,6 @@ def _stored_zeros(
     for _, at in _by_width(width):
         if bits := int(zero_bits[at[0]]):
             yield bits, at
-
-
-def _combinations(sparsity: Sparsity) -> Int64[Tensor, "positions counts"]:
-    """C(position, count) for every position of a window."""
-    counts = range(sparsity.n + 1)
-    return torch.tensor([[comb(at, count) for count in counts] for at in range(sparsity.m)])
-
-
-def _rank(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> Int64[Tensor, "patterns"]:
-    """Number the patterns: a bit per weight, or each window's rank among its combinations.
-
-    The i-th kept position p_i of a window, counted from 1, contributes C(p_i, i): the
-    combinatorial number system.
-    """
-    if not sparsity.is_structured:
-        return pruned.flatten().long().cpu()
-    kept = (~pruned).view(-1, sparsity.m).cpu()
-    each = _combinations(sparsity)[torch.arange(sparsity.m), kept.cumsum(1)]
-    return (each * kept).sum(1)
-
-
-def _unrank(ranks: Int64[Tensor, "patterns"], layout: Layout) -> Bool[Tensor, "rows columns"]:
-    """Find the pattern of each number, from the last position of the windows to the first."""
-    sparsity, shape = layout.sparsity, (layout.rows, layout.columns)
-    if sparsity.is_dense:
-        return torch.zeros(shape, dtype=torch.bool)
-    if not sparsity.is_structured:
-        return ranks.bool().view(shape)
-    left = torch.full_like(ranks, sparsity.n)
-    kept = torch.zeros(len(ranks), sparsity.m, dtype=torch.bool)
-    table = _combinations(sparsity)
-    for position in reversed(range(sparsity.m)):
-        below = table[position, left]
-        kept[:, position] = ranks >= below
-        ranks = ranks - below * kept[:, position]
-        left = left - kept[:, position].long()
-    return ~kept.view(shape)
 
 
 def _write(fields: Iterable[Field]) -> UInt8[Tensor, "bytes"]:

@@ -152,15 +152,15 @@ def check_sweep(
         NumericalError: A weight is not finite.
         ValueError: The windows of an n:m pattern lie in several mask blocks.
     """
-    if sparsity is not None and sparsity.is_structured:
-        _check_windows(factor.order, sparsity.m, mask_block)
+    if sparsity is not None and sparsity.window > 1:
+        _check_windows(factor.order, sparsity.window, mask_block)
     if bad := int((~weight.isfinite()).sum()):
         raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
 
 
 def least_rows(weight: Float[Tensor, "rows columns"], sparsity: Sparsity | None) -> int:
     """Return how many rows must be swept at once: all where a pattern is chosen among them."""
-    return 1 if sparsity is None or sparsity.is_structured else len(weight)
+    return len(weight) if sparsity is not None and sparsity.kind.among_rows else 1
 
 
 class SweepState:

@@ -34,6 +34,7 @@ PRUNING_FIELDS = (
     "sparsity.cost",
     "sparsity.mask_block",
     "sparsity.m",
+    "sparsity.pattern",
     "sparsity.spread",
 )
 """Fields that the costs of pruning depend on, besides."""
@@ -45,6 +46,7 @@ COST_FIELDS = (
     "sparsity.ratio",
     "sparsity.n",
     "sparsity.m",
+    "sparsity.pattern",
     "wbits.cost",
     "wbits.grid",
     "wbits.symmetric",

@@ -16,7 +16,8 @@ from mi_experiments.llm.inventory import LinearView
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, sweep_order
 from mi_experiments.method.number_formats import UNQUANTIZED
-from mi_experiments.method.pruning import choose_pruned, possible_parts, pruning_costs
+from mi_experiments.method.pruning import choose_pruned
+from mi_experiments.method.pruning_costs import possible_parts, pruning_costs
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def measure_group_costs(
     # A power of two: squares of small weights do not underflow, and all others keep their bits.
     unit = unit_of(weight)
     row_cost = weigh_rows(weight, fisher, hessian, config.wbits.cost)
-    sparsity = config.sparsity.pattern
+    sparsity = config.sparsity.average
     pruned = None
     if not sparsity.is_dense:
         pruned = choose_pruned((weight * unit).square() * saliency, sparsity)

@@ -198,8 +198,8 @@ def test_only_blind_groupings_need_no_activations() -> None:
 
 
 def test_the_pattern_is_that_of_every_linear() -> None:
-    assert config_of("sparsity=semistructured_2_4").sparsity.pattern == Sparsity(0.5, 2, 4)
-    assert config_of("sparsity=dense").sparsity.pattern.is_dense
+    assert config_of("sparsity=semistructured_2_4").sparsity.average == Sparsity(0.5, 2, 4)
+    assert config_of("sparsity=dense").sparsity.average.is_dense
 
 
 # Texts

@@ -33,7 +33,7 @@ def swept_linear(sparsity=HALF, seed=0, dtype=torch.float32, group_size=4):
     bits, group = mixed_bits()
     grid = fit_grid(weight, bits, scale_groups(group, group_size), clip_search=False)
     upper = (torch.randn(COLUMNS, COLUMNS, generator=generator) * 0.1).triu(1) + torch.eye(COLUMNS)
-    order = torch.arange(COLUMNS) if sparsity.is_structured else ORDER
+    order = torch.arange(COLUMNS) if sparsity.m else ORDER
     factor = Factor(upper.to(dtype), order, 0.01, (0.01,))
     return sweep(weight, factor, grid=grid, sparsity=sparsity, mask_block=MASK_BLOCK), grid
 
@@ -41,7 +41,7 @@ def swept_linear(sparsity=HALF, seed=0, dtype=torch.float32, group_size=4):
 def check(swept, grid, sparsity=HALF, **changes):
     promises = {
         "original": None,
-        "order": torch.arange(COLUMNS) if sparsity.is_structured else ORDER,
+        "order": torch.arange(COLUMNS) if sparsity.m else ORDER,
         "mask_block": MASK_BLOCK,
         "max_average_bits": None,
         "stored": None,

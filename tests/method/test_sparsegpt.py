@@ -70,7 +70,7 @@ def choose(saliency, sparsity, channels):
     """The exact number of smallest saliencies, element by element."""
     rows, width = saliency.shape
     pruned = torch.zeros(rows, width, dtype=torch.bool)
-    if sparsity.is_structured:
+    if sparsity.m:
         for window in set((channels // sparsity.m).tolist()):
             inside = ((channels // sparsity.m) == window).nonzero()[:, 0].tolist()
             for row in range(rows):
