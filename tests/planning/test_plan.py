@@ -16,7 +16,8 @@ from mi_experiments.errors import AuditError, InputError
 from mi_experiments.llm.blocks import walk_blocks
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
-from mi_experiments.method.pruning import Sparsity, possible_parts
+from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.pruning_costs import possible_parts
 from mi_experiments.persistence.atomic import save_atomically
 from mi_experiments.planning.costs import measure_group_costs, measure_pruning_costs
 from mi_experiments.planning.plan import Plan, plan_compression
