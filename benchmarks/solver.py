@@ -115,7 +115,7 @@ def report(rows: int, columns: int, repetitions: int, device: str) -> None:
     weight, hessian = problem(rows, columns, device)
     bits = torch.full((columns,), 4, dtype=torch.uint8, device=device)
     groups = scale_groups(torch.zeros(columns, dtype=torch.int64, device=device), None)
-    four = fit_grid(weight, bits, groups, symmetric=False, clip_search=False)
+    four = fit_grid(weight, bits, groups, clip_search=False)
     rate = product_rate(min(2048, max(rows, columns)), device, repetitions)
     limit = (columns**3 / 3 + rows * columns**2) / rate
     for name, grid, sparsity in (

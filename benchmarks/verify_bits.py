@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import comb
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -128,7 +129,7 @@ def read_dense(run: Path) -> Iterator[Linear]:
             pruned, bits, group, of, scale, zero = (
                 read_tensor(path, f"{name}.{key}") for key in keys
             )
-            codes = np.rint(weight / scale[:, of]).astype(int) + zero[:, of]
+            codes = find_codes(layout, weight / scale[:, of], bits, zero[:, of])
             yield Linear(name, layout, weight, pruned, codes, bits, group, of, scale, zero)
 
 
@@ -198,7 +199,9 @@ def unpack(path: Path, name: str, layout: dict[str, Any]) -> Linear:
         for wide in np.unique(width[stored]):
             at = np.flatnonzero(width == wide)
             half = np.full(rows * len(at), 2 ** (wide - 1))
-            if not layout["symmetric"]:
+            if "grid" in layout:
+                half = np.full(rows * len(at), 2 ** (wide - 1) - 1)
+            elif not layout["symmetric"]:
                 half = streams["zero_points"].read(rows * len(at), wide)
             zero[:, at] = half.reshape(rows, -1)
         linear = Linear(
@@ -221,10 +224,55 @@ def unpack(path: Path, name: str, layout: dict[str, Any]) -> Linear:
             linear.weight[:, at] = halves * kept
         else:
             linear.codes[:, at] = read
-            level = linear.scale[:, linear.of[at]] * (read - linear.zero[:, linear.of[at]])
-            linear.weight[:, at] = round_to(level.astype("<f4"), layout["model_dtype"]) * kept
+            level = levels_of(layout, read, linear.bits[at], linear.zero[:, linear.of[at]])
+            level = (linear.scale[:, linear.of[at]] * level).astype("<f4")
+            linear.weight[:, at] = round_to(level, layout["model_dtype"]) * kept
     linear.stored_bytes = sum(stream.end() for stream in streams.values())
     return linear
+
+
+def normal_float(bits: int) -> np.ndarray:
+    """Return the levels of NormalFloat, computed in float32."""
+    bits = int(bits)  # else numpy would count in float64
+    tail = (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
+    first, middle = np.float32(round(1 - tail, 7)), np.float32(0.5)
+
+    def quantiles(count: int) -> np.ndarray:
+        step, at = (middle - first) / np.float32(count), np.arange(count, dtype="f4")
+        near = at < (count + 1) // 2
+        chances = np.where(near, first + step * at, middle - step * (count - at))
+        return np.array([NormalDist().inv_cdf(float(chance)) for chance in chances], "f4")
+
+    half = 2 ** (bits - 1)
+    levels = np.concatenate([-quantiles(half - 1), np.zeros(1, "f4"), quantiles(half)[::-1]])
+    return levels / levels.max()
+
+
+def levels_of(
+    layout: dict[str, Any], codes: np.ndarray, bits: np.ndarray, zero: np.ndarray
+) -> np.ndarray:
+    """Return the level of each code, column by column of a width."""
+    if "grid" not in layout:
+        return codes - zero
+    require(layout["grid"] == "normal_float", f"a grid of unknown levels: {layout['grid']}")
+    levels = np.zeros(codes.shape)
+    for width in np.unique(bits[bits < 16]):
+        table, at = normal_float(width), bits == width
+        levels[:, at] = table[np.clip(codes[:, at], 0, len(table) - 1)]
+    return levels
+
+
+def find_codes(
+    layout: dict[str, Any], value: np.ndarray, bits: np.ndarray, zero: np.ndarray
+) -> np.ndarray:
+    """Return the code of the level that each value is nearest to."""
+    if "grid" not in layout:
+        return np.rint(value).astype(int) + zero
+    codes = np.zeros(value.shape, int)
+    for width in np.unique(bits[bits < 16]):
+        table, at = normal_float(width), bits == width
+        codes[:, at] = np.searchsorted((table[1:] + table[:-1]) / 2, value[:, at])
+    return codes
 
 
 def read_pattern(stream: Stream, layout: dict[str, Any]) -> np.ndarray:
@@ -289,7 +337,8 @@ def check(linear: Linear) -> int:
     require(((zero >= 0) & (zero < 2 ** width[width < 16])).all(), f"{name}: a zero point")
     if layout["symmetric"]:
         require((zero == 2 ** (width[width < 16] - 1)).all(), f"{name}: a zero point is stored")
-    level = (linear.scale[:, of] * (linear.codes - linear.zero[:, of])).astype("<f4")
+    level = levels_of(layout, linear.codes, bits, linear.zero[:, of])
+    level = (linear.scale[:, of] * level).astype("<f4")
     require(
         (round_to(level, dtype) == weight)[quantized].all(), f"{name}: a weight is off its grid"
     )
@@ -328,7 +377,8 @@ def count(linear: Linear, width: np.ndarray) -> int:
     if layout["groups"]:
         stored = width[width < 16]
         total += rows * len(stored) * layout["scale_bits"]
-        total += 0 if layout["symmetric"] else rows * int(stored.sum())
+        free = not layout["symmetric"] and "grid" not in layout
+        total += rows * int(stored.sum()) if free else 0
         total += columns * (layout["groups"] - 1).bit_length() + 4 * layout["groups"]
     return total
 

@@ -132,7 +132,7 @@ def test_no_module_is_imported_in_a_circle() -> None:
 def test_the_mathematics_imports_torch_only() -> None:
     allowed = {"torch", "jaxtyping", "numpy", "mi_experiments"}
     standard = {"math", "dataclasses", "enum", "collections", "fractions", "itertools", "typing",
-                "functools"}  # fmt: skip
+                "functools", "abc"}  # fmt: skip
     for path in files("method"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):

@@ -197,7 +197,7 @@ def problem(rows=9, columns=24):
     weight = normal(rows, columns, seed=1)
     kind = torch.arange(columns) % 3
     bits = torch.tensor([3, 4, 16], dtype=torch.uint8)[kind]
-    grid = fit_grid(weight, bits, scale_groups(kind, 4), symmetric=False, clip_search=False)
+    grid = fit_grid(weight, bits, scale_groups(kind, 4), clip_search=False)
     hessian = 2 / 100 * tokens.T @ tokens
     return weight, hessian, factorize(hessian, damping=0.01), grid
 

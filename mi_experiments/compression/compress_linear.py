@@ -17,8 +17,9 @@ from mi_experiments.config.recipe import DeadChannels, GridFit, WindowChoice
 from mi_experiments.method.audit import vanishes
 from mi_experiments.method.damping import damp
 from mi_experiments.method.gptq_groups import sweep_and_fit
-from mi_experiments.method.grid import UNQUANTIZED, Grid, fit_grid
+from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor, Hessian
+from mi_experiments.method.number_formats import UNQUANTIZED
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.refine import refine
 from mi_experiments.method.relative_error import relative_error
@@ -143,8 +144,8 @@ def fit(
         weight,
         bits,
         linear_plan.scale_group.to(weight.device),
-        symmetric=config.wbits.symmetric,
         clip_search=config.recipe.clip_search,
+        number_format=config.wbits.number_format,
         scale_bits=config.recipe.scale_bits,
         pruned=pruned,
     )
@@ -177,8 +178,8 @@ def solve(
             factor,
             linear_plan.bits.to(weight.device),
             linear_plan.scale_group.to(weight.device),
-            symmetric=config.wbits.symmetric,
             clip_search=recipe.clip_search,
+            number_format=config.wbits.number_format,
             scale_bits=recipe.scale_bits,
             sparsity=pruning,
             selection=recipe.selection,
@@ -201,8 +202,8 @@ def solve(
 
 def pattern_block(columns: int, sparsity: Sparsity, config: Config) -> int:
     """Return how many sweep positions choose their pruned weights together."""
-    if sparsity.is_structured and config.recipe.window_choice is WindowChoice.dynamic:
-        return sparsity.m
+    if sparsity.window > 1 and config.recipe.window_choice is WindowChoice.dynamic:
+        return sparsity.window
     return config.sparsity.mask_block_of(columns)
 
 

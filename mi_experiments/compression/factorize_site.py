@@ -108,7 +108,7 @@ def factorize_site(
         return replace(without, kept=True)
     if all(sparsity.ratio == 1 for sparsity in sparsities):
         return without
-    window = max(1, *(sparsity.m for sparsity in sparsities))
+    window = max(1, *(sparsity.window for sparsity in sparsities))
     order = sweep_order(hessian.diagonal, recipe.order, window=window)
     escalate = recipe.on_singular is OnSingular.escalate
     if hessian.is_dead and recipe.on_singular is OnSingular.skip:

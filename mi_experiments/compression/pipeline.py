@@ -44,15 +44,15 @@ from mi_experiments.records.linears import CHANGED, LinearReport
 class LinearGrid(TypedDict):
     """The grids of one linear, in the order [rows, columns] = [output, input] for every class.
 
-    A weight that is kept is scale · (code − zero_point) with an integer code, 0 <= code < 2^bits,
-    and the scale and zero point of its row and of its channel's scale group. (GPT-2's `Conv1D`
+    A weight that is kept is scale · level, with the level of a code in the run's number format and
+    the scale and zero point of its row and of its channel's scale group. (GPT-2's `Conv1D`
     holds its weight as [columns, rows]; its grids are in the order above all the same.)
 
     Attributes:
         bits: width of each channel; 16 = not quantized.
         channel_group: group of each channel.
         scale_group: scale group of each channel.
-        scale: step of each row and scale group.
+        scale: of each row and scale group.
         zero_point: code of the weight zero.
         pruned: True where the weight is set to zero.
     """
@@ -174,10 +174,7 @@ def compress_linear(
         stored=linear.read_weight().to(linear.dtype),
     )
     group = linear_plan.channel_group
-    symmetric = config.wbits.symmetric
-    storage = count_storage(
-        grid, swept.pruned, sparsity, group, symmetric=symmetric, dtype=dtype or torch.float16
-    )
+    storage = count_storage(grid, swept.pruned, sparsity, group, dtype=dtype or torch.float16)
     widths, channels = torch.unique(solution.bits, return_counts=True)
     bits, average = dict(zip(widths.tolist(), channels.tolist(), strict=True)), audit.average_bits
     if dtype is not None and dtype.itemsize > 2:

@@ -18,7 +18,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mi_experiments.config.config import Config
 from mi_experiments.config.fields import SEEDS, allowed, fields_below, hint_at
-from mi_experiments.config.renames import KEYS, refuse_old_names
+from mi_experiments.config.renames import KEYS, refuse_old_names, with_added
 from mi_experiments.config.vetting import first_line, vet, walk
 from mi_experiments.errors import InputError, MiError, ValueRefused
 
@@ -36,14 +36,15 @@ def from_hydra(composed: DictConfig) -> Config:
     plain = OmegaConf.masked_copy(composed, [key for key in map(str, composed) if key != "hydra"])
     said = OmegaConf.to_container(plain)
     assert isinstance(said, dict)
-    refuse_old_names({str(key): value for key, value in said.items()})
+    given = {str(key): value for key, value in said.items()}
+    refuse_old_names(given)
     seed = OmegaConf.select(plain, "seed", throw_on_resolution_failure=False)
     if isinstance(seed, int) and not 0 <= seed < 2**63:
         # Before those that follow it, which would be named instead.
         raise ValueRefused("seed", seed, SEEDS)
     check_numbers(plain)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), with_added(given))
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise InputError(explain(error)) from error

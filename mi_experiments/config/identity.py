@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config
+from mi_experiments.config.renames import ADDED
 from mi_experiments.config.secrets import scrub
 
 NUMERICS_VERSION = 3
@@ -162,11 +163,11 @@ def same_numbers(value: Any) -> Any:
 
 
 def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return the parts of a config that can move a number."""
+    """Return the parts of a config that can move a number, against every run before `ADDED`."""
     return {
         key: without_incidental(part, f"{path}{key}.") if isinstance(part, Mapping) else part
         for key, part in config.items()
-        if path + key not in INCIDENTAL
+        if path + key not in INCIDENTAL and part != ADDED.get(path + key, ...)
     }
 
 

@@ -9,13 +9,24 @@ from annotated_types import Ge, Interval, Predicate
 
 from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.errors import InputError, require
-from mi_experiments.method.grid import UNQUANTIZED
 from mi_experiments.method.grouping import Grouping
 from mi_experiments.method.information import Estimator
-from mi_experiments.method.pruning import PARTS, Sparsity
+from mi_experiments.method.number_formats import (
+    NUMBER_FORMATS,
+    SYMMETRIC,
+    UNQUANTIZED,
+    NumberFormat,
+    find_format,
+)
+from mi_experiments.method.pruning import PATTERNS, Sparsity
+from mi_experiments.method.pruning_costs import PARTS
 
 WIDTH = Predicate(lambda bits: 2 <= bits <= 8 or bits == UNQUANTIZED)
 """The range of a number of bits."""
+
+
+FORMAT_NAMES = ", ".join(NUMBER_FORMATS)
+"""The number formats in words."""
 
 
 class Allocation(Enum):
@@ -63,6 +74,14 @@ class SparsityScope(Enum):
 class SparsityConfig:
     """Fraction of weights set to zero; n:m keeps n weights of every m consecutive channels."""
 
+    pattern: Annotated[
+        str | None,
+        Predicate(lambda name: name is None or name in PATTERNS),
+        About(
+            "which weights may be zero together; null: windows where m is given, else unstructured",
+            allowed=f"{', '.join(PATTERNS)}, or null",
+        ),
+    ]
     ratio: Annotated[float, Interval(ge=0, le=1), About("share of the weights that become zero")]
     n: Annotated[int, Ge(0), About("weights kept of every m; 0, with m=0: any weights")]
     m: Annotated[int, Ge(0), About("consecutive channels of which n weights are kept")]
@@ -84,6 +103,12 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         """Check what the fields say of each other."""
+        if self.pattern is not None:
+            windows = self.pattern == "windows"
+            fits = windows == bool(self.m)
+            require("pattern", self.pattern, fits, "windows with n and m, another one without")
+            alone = windows or self.pattern == "unstructured" or not self.allocated
+            require("scope", self.scope, alone, f"linear with pattern={self.pattern}")
         if self.n or self.m:
             fits = 0 < self.n < self.m
             require("n", self.n, fits, f"from 1 to m - 1 = {self.m - 1} (0 with m=0: off)")
@@ -98,15 +123,15 @@ class SparsityConfig:
         require("ratio", self.ratio, fits, f"at most {PARTS - 1}/{PARTS} with scope=model")
 
     @property
-    def pattern(self) -> Sparsity:
+    def average(self) -> Sparsity:
         """The sparsity that every linear gets, or that they get on average."""
-        return Sparsity(self.ratio, self.n, self.m)
+        return Sparsity(self.ratio, self.n, self.m, self.pattern or "")
 
     def mask_block_of(self, columns: int) -> int:
         """Return the mask block of a linear: the one asked for, or columns / 8, at most 128."""
         if self.mask_block is not None:
             return self.mask_block
-        unit = max(self.m, 1)
+        unit = 1 if self.allocated else self.average.window
         return max(unit, min(128, columns // 8) // unit * unit)
 
     @property
@@ -138,7 +163,12 @@ class WbitsConfig:
     ]
     scope: Annotated[Scope, About("what shares one bit budget")]
     cost: Annotated[Cost, About("of a width: in what error its output is counted")]
-    symmetric: Annotated[bool, About("whether grids are symmetric about zero")]
+    grid: Annotated[
+        str,
+        Predicate(NUMBER_FORMATS.__contains__),
+        About("number format of the codes: which levels a width has", allowed=FORMAT_NAMES),
+    ]
+    symmetric: Annotated[bool, About("whether uniform grids are symmetric about zero")]
     group_size: Annotated[
         int | None,
         Ge(1),
@@ -160,17 +190,35 @@ class WbitsConfig:
     def __post_init__(self) -> None:
         """Check what the fields say of each other."""
         average = self.average
+        alike = not self.symmetric or self.grid == SYMMETRIC.name
+        require("symmetric", self.symmetric, alike, f"false unless grid={SYMMETRIC.name}")
         if self.allocation is Allocation.unquantized:
             require("average", average, average == UNQUANTIZED, "16 (unquantized)")
             return
+        grid = f"wbits.grid={self.grid}: {', '.join(map(str, self.number_format.widths))}"
         fits = average != UNQUANTIZED
         require("average", average, fits, "from 2 to 8 bits; wbits=unquantized for none")
         if self.allocation is Allocation.uniform:
             whole = average == int(average)
             require("average", average, whole, "a whole number when uniform; or wbits=mixed")
+            require("average", average, int(average) in self.possible_widths, f"a width of {grid}")
         if self.widths is not None:
+            known = self.possible_widths.issuperset(self.widths)
+            require("widths", self.widths, known, f"widths of {grid}, and 16")
             reachable = bool(self.widths) and min(self.widths) <= average
             require("widths", self.widths, reachable, "at least one width within wbits.average")
+        reachable = min(self.candidate_widths(), default=UNQUANTIZED) <= average
+        require("average", average, reachable, f"no less than a width of {grid} beside it")
+
+    @property
+    def number_format(self) -> NumberFormat:
+        """The number format of every grid."""
+        return find_format(self.grid, symmetric=self.symmetric)
+
+    @property
+    def possible_widths(self) -> set[int]:
+        """The widths that the number format has, and 16 for unquantized."""
+        return {*self.number_format.widths, UNQUANTIZED}
 
     def candidate_widths(self) -> list[int]:
         """Widths that a group may get: those asked for, or those around the average."""
@@ -179,7 +227,8 @@ class WbitsConfig:
         if self.widths is not None:
             return sorted(set(self.widths))
         low, high = math.floor(self.average) - 1, math.ceil(self.average) + 1
-        return list(range(max(2, low), min(8, high) + 1))
+        around = range(max(2, low), min(8, high) + 1)
+        return [width for width in around if width in self.possible_widths]
 
 
 @dataclass

@@ -8,8 +8,8 @@ from annotated_types import Ge, Interval, Predicate
 
 from mi_experiments.config.fields import About
 from mi_experiments.errors import require
-from mi_experiments.method.grid import SCALE_DTYPES
 from mi_experiments.method.hessian import SweepOrder
+from mi_experiments.method.number_formats import SCALE_DTYPES
 from mi_experiments.method.pruning import Selection
 
 

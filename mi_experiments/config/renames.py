@@ -24,6 +24,10 @@ VALUES = {
 }
 """Values of a key, to their names now."""
 
+ADDED = {"wbits.grid": "uniform", "sparsity.pattern": None}
+"""Keys that earlier versions had not, with what every run of theirs did. A key with that value is
+no part of a run's identity, so that older runs keep theirs."""
+
 FIELDS = {"reused": "from_cache"}
 """Fields of a record, to their names now."""
 
@@ -64,7 +68,17 @@ def record_with_new_names(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
         raise TypeError("there is no config in it")
     renamed = {str(FIELDS.get(name, name)): value for name, value in record.items()}
-    return renamed | {"config": with_new_names(renamed["config"])}
+    return renamed | {"config": with_added(with_new_names(renamed["config"]))}
+
+
+def with_added(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that also has the keys of `ADDED`, in the groups that it has."""
+    filled = dict(config)
+    for path, value in ADDED.items():
+        group, _, key = path.partition(".")
+        if isinstance(filled.get(group), Mapping):
+            filled[group] = {key: value} | dict(filled[group])
+    return filled
 
 
 def walk(config: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mi_experiments.calibration.hessians import FISHER, FISHER_FIELDS
 from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config
-from mi_experiments.config.identity import NUMERICS_VERSION
+from mi_experiments.config.identity import NUMERICS_VERSION, without_incidental
 from mi_experiments.config.narrow import narrow
 from mi_experiments.evaluation.perplexity import Perplexity
 from mi_experiments.llm.loading import OpenModel
@@ -270,7 +270,7 @@ class RunCache:
         key = {
             "what": name,
             "computed": self.computed,
-            "config": to_plain(config),
+            "config": without_incidental(to_plain(config)),
             "calibration": token_hash(calibration),
         }
         entry = self.entry(content_key(key), "plan", name.partition(".")[0])

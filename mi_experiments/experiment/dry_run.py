@@ -130,14 +130,16 @@ def expected_effective_bits(site: Site, sizes: list[int], config: Config) -> flo
     Codes of kept weights, scales and zero points per (row, scale group), sparsity pattern,
     and group index; method `count_storage` counts the same on real linears.
     """
-    sparsity = config.sparsity.pattern
+    sparsity = config.sparsity.average
     average = config.wbits.average
-    per_weight = (1 - sparsity.ratio) * average + sparsity.pattern_bits_per_weight
     weights = sum(rows * columns for rows, columns in shapes(site))
+    pattern = sum(math.prod(sparsity.count(*shape)) for shape in shapes(site))
+    per_weight = (1 - sparsity.ratio) * average + pattern / weights
     if config.wbits.allocation is not Allocation.unquantized:
         size = config.wbits.group_size or max(sizes)
         scales = sum(math.ceil(channels / size) for channels in sizes)
-        zero_points = 0 if config.wbits.symmetric else average
+        low, zero_bits = int(average), config.wbits.number_format.zero_bits
+        zero_points = zero_bits(low) + (average - low) * (zero_bits(low + 1) - zero_bits(low))
         per_weight += scales * (config.recipe.scale_bits + zero_points) / site.columns
     if len(sizes) > 1 and config.wbits.allocation is not Allocation.unquantized:
         index = site.columns * math.ceil(math.log2(len(sizes))) + 4 * len(sizes)

@@ -220,7 +220,7 @@ def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
     blocks = walker.describe_blocks(config.dataset.seqlen)
     linears = [linear for block in blocks for site in block.sites for linear in site.linears]
     columns = {linear.name: linear.columns for linear in linears}
-    check_dimensions(columns, config.sparsity.pattern, config.sparsity.mask_block)
+    check_dimensions(columns, config.sparsity.average, config.sparsity.mask_block)
     for name, count in columns.items():
         config.n_groups.check_count(count, name)
     return model, blocks

@@ -103,8 +103,8 @@ def write_block(block: CompressedBlock, weights: BlockWeights, config: Config) -
     """
     grids = {x.report.name: x.grids for x in block.linears if x.report.changed}
     places = find_places(weights, block.index, [x.linear for x in block.linears])
-    symmetric, scale_bits = config.wbits.symmetric, config.recipe.scale_bits
-    layouts = lay_out(block.linears, places, symmetric=symmetric, scale_bits=scale_bits)
+    levels, scale_bits = config.wbits.number_format, config.recipe.scale_bits
+    layouts = lay_out(block.linears, places, number_format=levels, scale_bits=scale_bits)
     return grid_tensors(grids), layouts
 
 

@@ -6,7 +6,6 @@ each. Linears that were left as they are, at 16 bits a weight, are there too. It
 accounting and the compact form for storage; no runtime of this project computes on it.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,14 @@ from mi_experiments.export.format import ExportFormat
 from mi_experiments.llm.streaming import BlockWeights
 from mi_experiments.method.bit_count import Layout, find_layout
 from mi_experiments.method.bit_packing import STREAMS, pack, unpack
-from mi_experiments.method.grid import UNQUANTIZED, Grid
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.number_formats import (
+    SYMMETRIC,
+    UNIFORM,
+    UNQUANTIZED,
+    NumberFormat,
+    find_format,
+)
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.persistence.commits import Content
 
@@ -36,13 +42,13 @@ DTYPES = {
 
 
 def pack_linears(
-    linears: Sequence[CompressedLinear], *, symmetric: bool, scale_bits: int
+    linears: Sequence[CompressedLinear], *, number_format: NumberFormat, scale_bits: int
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the streams and layouts of linears, as a safetensors file holds them.
 
     Args:
         linears: all of one block, whose weights the model still holds.
-        symmetric: whether zero points follow from the widths and are not stored.
+        number_format: which level each code stands for.
         scale_bits: 16 for float16 scales, 32 for float32.
     """
     streams: dict[str, Tensor] = {}
@@ -50,16 +56,16 @@ def pack_linears(
     for compressed in linears:
         name, grids = compressed.report.name, compressed.grids
         weight = compressed.linear.read_weight().cpu()
-        grid = stored_grid(grids, scale_bits)
+        grid = stored_grid(grids, number_format, scale_bits)
         codes = None
         if grid is not None:
             places = grid.quantized.nonzero().flatten()
             codes = torch.zeros_like(weight, dtype=torch.int16)
             codes[:, places] = grid.encode(weight[:, places], places)
-        layout = layout_of(compressed, grid, symmetric=symmetric)
+        layout = layout_of(compressed, grid)
         packed = pack(weight, codes, grids["pruned"], grid, grids["channel_group"], layout)
         streams |= {f"{name}.{key}": content for key, content in packed.items() if len(content)}
-        layouts[name] = describe(compressed, layout)
+        layouts[name] = describe(compressed, layout, number_format)
     return streams, as_metadata(layouts)
 
 
@@ -67,7 +73,7 @@ def lay_out(
     linears: Sequence[CompressedLinear],
     places: Mapping[str, Sequence[Mapping[str, Any]]],
     *,
-    symmetric: bool,
+    number_format: NumberFormat,
     scale_bits: int,
 ) -> dict[str, str]:
     """Return the layouts of linears as `pack_linears` does, for an export that holds them unpacked.
@@ -75,28 +81,28 @@ def lay_out(
     Args:
         linears: all of one block.
         places: where the model that is exported holds each of them, see `find_places`.
-        symmetric: whether zero points follow from the widths.
+        number_format: which level each code stands for.
         scale_bits: 16 for float16 scales, 32 for float32.
     """
     layouts = {}
     for compressed in linears:
         name = compressed.report.name
-        grid = stored_grid(compressed.grids, scale_bits)
-        layout = layout_of(compressed, grid, symmetric=symmetric)
-        layouts[name] = describe(compressed, layout) | {"places": places[name]}
+        grid = stored_grid(compressed.grids, number_format, scale_bits)
+        layout = layout_of(compressed, grid)
+        layouts[name] = describe(compressed, layout, number_format) | {"places": places[name]}
     return as_metadata(layouts)
 
 
-def stored_grid(grids: LinearGrid, scale_bits: int) -> Grid | None:
+def stored_grid(grids: LinearGrid, number_format: NumberFormat, scale_bits: int) -> Grid | None:
     """Return the levels of a linear; None if nothing is quantized."""
     if not bool((grids["bits"] < UNQUANTIZED).any()):
         return None
-    return Grid(
-        grids["bits"], grids["scale_group"], grids["scale"], grids["zero_point"], scale_bits
-    )
+    bits, scale_group = grids["bits"], grids["scale_group"]
+    scale, zero_point = grids["scale"], grids["zero_point"]
+    return Grid(bits, scale_group, scale, zero_point, scale_bits, number_format)
 
 
-def layout_of(compressed: CompressedLinear, grid: Grid | None, *, symmetric: bool) -> Layout:
+def layout_of(compressed: CompressedLinear, grid: Grid | None) -> Layout:
     """Return how the bits of a linear are stored, in the type that its weights were rounded to."""
     grids, dtype = compressed.grids, compressed.report.unquantized_dtype
     return find_layout(
@@ -104,23 +110,43 @@ def layout_of(compressed: CompressedLinear, grid: Grid | None, *, symmetric: boo
         grids["pruned"],
         compressed.sparsity,
         grids["channel_group"],
-        symmetric=symmetric,
         dtype=DTYPES[dtype or "float16"],
     )
 
 
-def describe(compressed: CompressedLinear, layout: Layout) -> dict[str, Any]:
+def describe(
+    compressed: CompressedLinear, layout: Layout, number_format: NumberFormat
+) -> dict[str, Any]:
     """Return a layout as JSON, and beside it what the budget and a reader must know of the linear.
 
     `model_dtype` is what decoded weights are rounded to where they are computed with, and
     `planned_bits` what the plan gave a linear that was left as it was.
     """
     report = compressed.report
-    return dataclasses.asdict(layout) | {
-        "dtype": str(layout.dtype).removeprefix("torch."),
+    return as_json(layout, number_format) | {
         "model_dtype": str(compressed.linear.dtype).removeprefix("torch."),
         "status": report.status,
         "planned_bits": report.planned_bits,
+    }
+
+
+def as_json(layout: Layout, number_format: NumberFormat) -> dict[str, Any]:
+    """Return a layout as JSON; `grid` only where it is not uniform, as it was in earlier versions.
+
+    Args:
+        layout: how a linear is stored.
+        number_format: of the run, also where nothing of this linear is quantized.
+    """
+    return {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "sparsity": layout.sparsity.stored(),
+        "groups": layout.groups,
+        "group_size": layout.group_size,
+        "symmetric": number_format == SYMMETRIC,
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "scale_bits": layout.scale_bits,
+        **({} if number_format.name == UNIFORM.name else {"grid": number_format.name}),
     }
 
 
@@ -149,8 +175,10 @@ def read_packed(path: Path) -> Iterator[tuple[str, Float[Tensor, "rows columns"]
             held_in = DTYPES[fields.pop("model_dtype")]
             sparsity = Sparsity(**fields.pop("sparsity"))
             dtype = DTYPES[fields.pop("dtype")]
+            grid, symmetric = fields.pop("grid", UNIFORM.name), fields.pop("symmetric")
+            levels = find_format(grid, symmetric=symmetric)
             fields = {key: fields[key] for key in fields.keys() - {"status", "planned_bits"}}
-            layout = Layout(**fields, sparsity=sparsity, dtype=dtype)
+            layout = Layout(**fields, sparsity=sparsity, dtype=dtype, number_format=levels)
             streams = {
                 key: file.get_tensor(f"{name}.{key}")
                 if f"{name}.{key}" in keys
@@ -162,14 +190,14 @@ def read_packed(path: Path) -> Iterator[tuple[str, Float[Tensor, "rows columns"]
 
 def write_block(block: CompressedBlock, weights: BlockWeights, config: Config) -> Content:
     """Return the streams of a block's linears, and in the header how they are laid out."""
-    symmetric, scale_bits = config.wbits.symmetric, config.recipe.scale_bits
-    return pack_linears(block.linears, symmetric=symmetric, scale_bits=scale_bits)
+    levels, scale_bits = config.wbits.number_format, config.recipe.scale_bits
+    return pack_linears(block.linears, number_format=levels, scale_bits=scale_bits)
 
 
 def block_bytes(weights: int, config: Config) -> int:
     """Return what the streams take at the budget, with a bit a weight for scales and indices."""
-    bits = config.wbits.average + config.sparsity.pattern.pattern_bits_per_weight + 1
-    return int(weights * bits / 8)
+    patterns, pattern_bits = config.sparsity.average.count(1, weights)
+    return int(weights * (config.wbits.average + 1) + patterns * pattern_bits) // 8
 
 
 PACKED = ExportFormat(folder="packed", write_block=write_block, block_bytes=block_bytes)

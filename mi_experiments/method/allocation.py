@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from mi_experiments.method.pruning import PARTS
+from mi_experiments.method.pruning_costs import PARTS
 
 Costs = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]

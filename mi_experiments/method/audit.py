@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from mi_experiments.errors import AuditError
-from mi_experiments.method.grid import UNQUANTIZED, Grid, smallest_scale, store_scale
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.number_formats import UNQUANTIZED, smallest_scale, store_scale, top_code
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import Swept
 
@@ -69,10 +70,9 @@ def audit_linear(
         raise AuditError(f"{bad} of {weight.numel()} weights are not finite")
     if bad := int((weight[pruned] != 0).count_nonzero()):
         raise AuditError(f"{bad} of {int(pruned.count_nonzero())} pruned weights are not zero")
-    if sparsity.is_structured:
-        _audit_windows(pruned, sparsity)
-    else:
-        _audit_mask_blocks(pruned, sparsity, order, mask_block, selection)
+    if fault := sparsity.kind.fault(pruned, sparsity):
+        raise AuditError(fault)
+    _audit_mask_blocks(pruned, sparsity, order, mask_block, selection)
     levels_max = 0 if grid is None else _audit_grid(swept, grid)
     if stored is not None and not torch.equal(stored, weight.to(stored.dtype)):
         bad = int((stored != weight.to(stored.dtype)).count_nonzero())
@@ -98,20 +98,6 @@ def vanishes(target: Float[Tensor, "rows columns"], swept: Swept, grid: Grid | N
     return bool(target.any()) and not swept.weight.any() and not swept.pruned.all()
 
 
-def _audit_windows(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> None:
-    """Count the weights kept in every window of consecutive channels."""
-    rows, columns = pruned.shape
-    if columns % sparsity.m:
-        raise AuditError(f"{columns} columns cannot be cut into windows of {sparsity.m}")
-    kept = (~pruned).reshape(rows, -1, sparsity.m).count_nonzero(-1)
-    if wrong := (kept != sparsity.n).nonzero().tolist():
-        row, window = wrong[0]
-        raise AuditError(
-            f"{len(wrong)} of {kept.numel()} windows do not keep {sparsity.n} of {sparsity.m} "
-            f"weights: row {row}, channels from {window * sparsity.m}, keeps {kept[row, window]}"
-        )
-
-
 def _audit_mask_blocks(
     pruned: Bool[Tensor, "rows columns"],
     sparsity: Sparsity,
@@ -126,12 +112,11 @@ def _audit_mask_blocks(
     counts = torch.split(pruned.count_nonzero(0)[order].cpu(), mask_block)
     for block, count in enumerate(counts):
         found, weights = int(count.sum()), rows * len(count)
-        expected = round(sparsity.ratio * weights)
-        if not selection.may_prune(found, sparsity.ratio, weights):
+        if fault := sparsity.kind.block_fault(found, weights, sparsity, selection):
             start = block * mask_block
             raise AuditError(
                 f"{found} weights are pruned at sweep positions {start} to "
-                f"{start + len(count) - 1} where a sparsity of {sparsity.ratio} asks for {expected}"
+                f"{start + len(count) - 1} where {fault}"
             )
 
 
@@ -203,20 +188,24 @@ def _audit_codes(
     rows: Int64[Tensor, "part"],
     columns: Int64[Tensor, "quantized"],
 ) -> None:
-    """Check weight = scale · (code − zero point), exactly, with code and zero point in range.
+    """Check weight = scale · level of its code, exactly, with code and zero point in range.
 
-    The product of an 11-bit scale and an 8-bit code is exact in float32, and that of a 24-bit scale
-    is rounded once, here as there: no tolerance is due.
+    A zero point that is not stored must be the one that its width implies. The product of an 11-bit
+    scale and an 8-bit code is exact in float32, and that of other scales and levels is rounded
+    once, here as there: no tolerance is due.
     """
     group = grid.scale_group[columns]
     scale, zero = grid.scale[rows][:, group], grid.zero_point[rows][:, group]
     code, left = codes[:, columns], kept[:, columns]
-    top = 2 ** grid.bits[columns].int() - 1
-    if bad := int(((zero < 0) | (zero > top)).count_nonzero()):
+    bits = grid.bits[columns]
+    top, implied = top_code(bits), grid.number_format.implied_zero(bits)
+    free = torch.tensor([grid.number_format.zero_bits(width) > 0 for width in bits.tolist()])
+    wrong = (zero < 0) | (zero > top) | ((zero != implied) & ~free.to(zero.device))
+    if bad := int(wrong.count_nonzero()):
         raise AuditError(f"zero points of {bad} quantized weights are not codes of their width")
     if bad := int((((code < 0) | (code > top)) & left).count_nonzero()):
         raise AuditError(f"codes of {bad} quantized weights do not fit their width")
-    level = scale * (code - zero)
+    level = scale * grid.number_format.decode(code.masked_fill(~left, 0), bits, zero)
     off = (weight[:, columns] != level) & left
     if bad := int(off.count_nonzero()):
         row, at = off.nonzero()[0].tolist()

@@ -8,13 +8,14 @@ row.
 """
 
 from dataclasses import dataclass
-from math import comb
+from math import prod
 
 import torch
 from jaxtyping import Bool, Int, Int64, UInt8
 from torch import Tensor
 
-from mi_experiments.method.grid import UNQUANTIZED, Grid, scale_groups
+from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.number_formats import UNIFORM, UNQUANTIZED, NumberFormat
 from mi_experiments.method.pruning import Sparsity
 
 WIDTH_BITS = 4
@@ -63,7 +64,7 @@ class Layout:
         sparsity: Which pattern is stored.
         groups: Number of channel groups; 0 if nothing is quantized.
         group_size: Most channels that share a scale inside a channel group.
-        symmetric: Whether zero points are 2^(bits − 1), and so are not stored.
+        number_format: Which level each code stands for.
         dtype: The 16-bit dtype of the weights of unquantized channels; of a linear that nothing was
             done to, it may have more.
         scale_bits: Width of a stored scale: 16 for float16, 32 for float32.
@@ -74,33 +75,26 @@ class Layout:
     sparsity: Sparsity
     groups: int
     group_size: int
-    symmetric: bool
     dtype: torch.dtype
     scale_bits: int = 16
+    number_format: NumberFormat = UNIFORM
 
     @property
     def index_bits(self) -> int:
         """Bits per channel that tell its group: ⌈log₂ groups⌉."""
         return max(self.groups - 1, 0).bit_length()
 
+    def zero_bits(self, bits: UInt8[Tensor, "groups"]) -> Int64[Tensor, "groups"]:
+        """Return the bits that a stored zero point takes at each width; 0 where none is stored."""
+        count = self.number_format.zero_bits
+        return torch.tensor(
+            [0 if b == UNQUANTIZED else count(b) for b in bits.tolist()], device=bits.device
+        )
+
     @property
     def unquantized_bits(self) -> int:
         """Bits of a weight of an unquantized channel."""
         return 8 * self.dtype.itemsize
-
-    @property
-    def patterns(self) -> int:
-        """Number of stored patterns: one per window, per weight, or none."""
-        if self.sparsity.is_dense:
-            return 0
-        return self.rows * self.columns // max(self.sparsity.m, 1)
-
-    @property
-    def pattern_bits(self) -> int:
-        """Bits per pattern: ⌈log₂ C(m, n)⌉ for a window, 1 for a weight."""
-        if not self.sparsity.is_structured:
-            return 1
-        return (comb(self.sparsity.m, self.sparsity.n) - 1).bit_length()
 
 
 def average_bits(bits: UInt8[Tensor, "columns"]) -> float:
@@ -114,7 +108,6 @@ def find_layout(
     sparsity: Sparsity,
     channel_group: Int[Tensor, "columns"] | None,
     *,
-    symmetric: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Layout:
     """Describe how a linear is stored, after checking that the streams would say it all.
@@ -124,7 +117,6 @@ def find_layout(
         pruned: Weights that are zero.
         sparsity: The pattern that ``pruned`` follows.
         channel_group: Group of each channel, any labels; None for a single group.
-        symmetric: Whether zero points follow from the widths.
         dtype: Of the weights of unquantized channels: 16 bits, but where nothing is pruned either.
 
     Raises:
@@ -136,7 +128,7 @@ def find_layout(
     if dtype.itemsize != 2 and (grid is not None or not sparsity.is_dense):
         raise ValueError(f"unquantized weights are stored in 16 bits, not as {dtype}")
     if grid is None:
-        return Layout(rows, columns, sparsity, 0, columns, symmetric, dtype)
+        return Layout(rows, columns, sparsity, 0, columns, dtype)
     labels = label_groups(channel_group, grid)
     groups = int(labels.max()) + 1
     if not torch.equal(first_of(grid.bits, labels, groups)[labels], grid.bits):
@@ -144,10 +136,15 @@ def find_layout(
     group_size = int(grid.scale_group.bincount().max())
     if not torch.equal(scale_groups(labels, group_size), grid.scale_group):
         raise ValueError(f"scale groups are not chunks of {group_size} channels of a group")
+    layout = Layout(
+        rows, columns, sparsity, groups, group_size, dtype, grid.scale_bits, grid.number_format
+    )
     width, stored = scale_widths(grid)
-    if symmetric and (grid.zero_point[:, stored] != 2 ** (width[stored] - 1)).any():
-        raise ValueError("a symmetric grid has a zero point other than 2^(bits − 1)")
-    return Layout(rows, columns, sparsity, groups, group_size, symmetric, dtype, grid.scale_bits)
+    implied = stored & (layout.zero_bits(width) == 0)
+    zero = grid.number_format.implied_zero(width)
+    if (grid.zero_point != zero)[:, implied].any():
+        raise ValueError("a zero point that is not stored is other than its width implies")
+    return layout
 
 
 def count_storage(
@@ -156,7 +153,6 @@ def count_storage(
     sparsity: Sparsity,
     channel_group: Int[Tensor, "columns"] | None,
     *,
-    symmetric: bool = False,
     dtype: torch.dtype = torch.float16,
 ) -> Storage:
     """Count the bits of a linear, which are those that `pack` writes.
@@ -166,12 +162,11 @@ def count_storage(
         pruned: Weights that are zero.
         sparsity: The pattern that ``pruned`` follows.
         channel_group: Group of each channel, any labels; None for a single group.
-        symmetric: Whether zero points follow from the widths and are not stored.
         dtype: Of the weights of unquantized channels.
     """
-    layout = find_layout(grid, pruned, sparsity, channel_group, symmetric=symmetric, dtype=dtype)
+    layout = find_layout(grid, pruned, sparsity, channel_group, dtype=dtype)
     kept = (~pruned).count_nonzero(0)
-    pattern = layout.patterns * layout.pattern_bits
+    pattern = prod(sparsity.count(layout.rows, layout.columns))
     if grid is None:
         return Storage(pruned.numel(), int(kept.sum()) * layout.unquantized_bits, 0, 0, pattern, 0)
     width, stored = scale_widths(grid)
@@ -179,7 +174,7 @@ def count_storage(
         weights=pruned.numel(),
         codes=int((kept * grid.bits).sum()),
         scales=layout.rows * int(stored.sum()) * layout.scale_bits,
-        zero_points=0 if symmetric else layout.rows * int(width[stored].sum()),
+        zero_points=layout.rows * int(layout.zero_bits(width)[stored].sum()),
         pattern=pattern,
         group_index=layout.columns * layout.index_bits + layout.groups * WIDTH_BITS,
     )
@@ -189,11 +184,8 @@ def _check_pattern(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> 
     """Refuse a pattern that the stream for this sparsity could not say."""
     if sparsity.is_dense and pruned.any():
         raise ValueError("weights are pruned although the sparsity is 0")
-    if sparsity.is_structured:
-        if pruned.shape[1] % sparsity.m:
-            raise ValueError(f"{pruned.shape[1]} columns are no windows of {sparsity.m}")
-        if ((~pruned).view(len(pruned), -1, sparsity.m).count_nonzero(-1) != sparsity.n).any():
-            raise ValueError(f"a window does not keep {sparsity.n} of {sparsity.m} weights")
+    if fault := sparsity.kind.fault(pruned, sparsity):
+        raise ValueError(fault)
 
 
 def label_groups(
@@ -216,6 +208,6 @@ def first_of(
 def scale_widths(
     grid: Grid,
 ) -> tuple[UInt8[Tensor, "scale_groups"], Bool[Tensor, "scale_groups"]]:
-    """Width of each scale group, and whether it has a scale to store."""
-    width = first_of(grid.bits, grid.scale_group.long(), grid.scale.shape[1])
+    """Return the width of each scale group, and whether it has a scale to store."""
+    width = grid.group_bits
     return width, width != UNQUANTIZED

@@ -1,7 +1,6 @@
 """Pack a compressed linear into the bits that `storage` counts, and read it back exactly."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import comb
 from typing import NamedTuple
 
 import torch
@@ -9,8 +8,8 @@ from jaxtyping import Bool, Float, Int, Int64, Integer, UInt8
 from torch import Tensor
 
 from mi_experiments.method.bit_count import WIDTH_BITS, Layout, first_of, label_groups, scale_widths
-from mi_experiments.method.grid import SCALE_DTYPES, UNQUANTIZED, Grid, scale_groups
-from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.number_formats import SCALE_DTYPES, UNQUANTIZED
 
 CHUNK = 2**18
 """Values turned into bits at a time."""
@@ -66,10 +65,9 @@ def pack(
         width, stored = scale_widths(grid)
         scales = grid.scale[:, stored].to(SCALE_DTYPES[layout.scale_bits])
         fields["scales"] = [(scales.view(INTEGERS[layout.scale_bits]), layout.scale_bits)]
-        if not layout.symmetric:
-            fields["zero_points"] = [
-                (grid.zero_point[:, at], b) for b, at in _by_width(width) if b != UNQUANTIZED
-            ]
+        fields["zero_points"] = [
+            (grid.zero_point[:, at], wide) for wide, at in _stored_zeros(width, layout)
+        ]
     whole = weight.to(layout.dtype).view(INTEGERS[layout.unquantized_bits])
     fields["codes"] = [
         (whole[:, at][~pruned[:, at]], layout.unquantized_bits)
@@ -78,15 +76,19 @@ def pack(
         for b, at in _by_width(bits)
     ]
     if not layout.sparsity.is_dense:
-        fields["pattern"] = [(_rank(pruned, layout.sparsity), layout.pattern_bits)]
+        _, width_of_number = layout.sparsity.count(layout.rows, layout.columns)
+        numbers = layout.sparsity.kind.pack(pruned, layout.sparsity)
+        fields["pattern"] = [(numbers, width_of_number)]
     return {name: _write(field) for name, field in fields.items()}
 
 
 def unpack(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Unpacked:
     """Read back what `pack` wrote, exactly."""
     rows, columns = layout.rows, layout.columns
-    (ranks,) = _read(streams["pattern"], [(layout.patterns, layout.pattern_bits)])
-    pruned = _unrank(ranks, layout)
+    pruned = torch.zeros(rows, columns, dtype=torch.bool)
+    if not layout.sparsity.is_dense:
+        (numbers,) = _read(streams["pattern"], [layout.sparsity.count(rows, columns)])
+        pruned = layout.sparsity.kind.unpack(numbers, rows, columns, layout.sparsity)
     bits = torch.full((columns,), UNQUANTIZED, dtype=torch.uint8)
     grid = _read_grid(streams, layout) if layout.groups else None
     if grid is not None:
@@ -126,51 +128,23 @@ def _read_grid(streams: Mapping[str, UInt8[Tensor, "_"]], layout: Layout) -> Gri
     (scales,) = _read(streams["scales"], [(layout.rows * int(stored.sum()), wide)])
     scales = scales.to(INTEGERS[wide]).view(SCALE_DTYPES[wide])
     scale[:, stored] = scales.view(layout.rows, -1).float()
-    zero_point = torch.where(stored, 2 ** (width.int() - 1), 0).expand(layout.rows, -1).int()
-    if not layout.symmetric:
-        parts = [(b, at) for b, at in _by_width(width) if b != UNQUANTIZED]
-        zeros = _read(streams["zero_points"], [(layout.rows * len(at), b) for b, at in parts])
-        zero_point = zero_point.clone()
-        for (_, at), values in zip(parts, zeros, strict=True):
-            zero_point[:, at] = values.view(layout.rows, -1).int()
-    return Grid(bits, shared, scale, zero_point, wide)
+    implied = torch.where(stored, layout.number_format.implied_zero(width), 0)
+    zero_point = implied.repeat(layout.rows, 1).int()
+    parts = list(_stored_zeros(width, layout))
+    zeros = _read(streams["zero_points"], [(layout.rows * len(at), b) for b, at in parts])
+    for (_, at), values in zip(parts, zeros, strict=True):
+        zero_point[:, at] = values.view(layout.rows, -1).int()
+    return Grid(bits, shared, scale, zero_point, wide, layout.number_format)
 
 
-def _combinations(sparsity: Sparsity) -> Int64[Tensor, "positions counts"]:
-    """C(position, count) for every position of a window."""
-    counts = range(sparsity.n + 1)
-    return torch.tensor([[comb(at, count) for count in counts] for at in range(sparsity.m)])
-
-
-def _rank(pruned: Bool[Tensor, "rows columns"], sparsity: Sparsity) -> Int64[Tensor, "patterns"]:
-    """Number the patterns: a bit per weight, or each window's rank among its combinations.
-
-    The i-th kept position p_i of a window, counted from 1, contributes C(p_i, i): the
-    combinatorial number system.
-    """
-    if not sparsity.is_structured:
-        return pruned.flatten().long().cpu()
-    kept = (~pruned).view(-1, sparsity.m).cpu()
-    each = _combinations(sparsity)[torch.arange(sparsity.m), kept.cumsum(1)]
-    return (each * kept).sum(1)
-
-
-def _unrank(ranks: Int64[Tensor, "patterns"], layout: Layout) -> Bool[Tensor, "rows columns"]:
-    """Find the pattern of each number, from the last position of the windows to the first."""
-    sparsity, shape = layout.sparsity, (layout.rows, layout.columns)
-    if sparsity.is_dense:
-        return torch.zeros(shape, dtype=torch.bool)
-    if not sparsity.is_structured:
-        return ranks.bool().view(shape)
-    left = torch.full_like(ranks, sparsity.n)
-    kept = torch.zeros(len(ranks), sparsity.m, dtype=torch.bool)
-    table = _combinations(sparsity)
-    for position in reversed(range(sparsity.m)):
-        below = table[position, left]
-        kept[:, position] = ranks >= below
-        ranks = ranks - below * kept[:, position]
-        left = left - kept[:, position].long()
-    return ~kept.view(shape)
+def _stored_zeros(
+    width: UInt8[Tensor, "scale_groups"], layout: Layout
+) -> Iterator[tuple[int, Int64[Tensor, "chosen"]]]:
+    """Yield, by width, the scale groups whose zero points are stored, with the bits of each."""
+    zero_bits = layout.zero_bits(width)
+    for _, at in _by_width(width):
+        if bits := int(zero_bits[at[0]]):
+            yield bits, at
 
 
 def _write(fields: Iterable[Field]) -> UInt8[Tensor, "bytes"]:

@@ -5,12 +5,15 @@ fitted where the sweep enters it, to the weights as all complete blocks before h
 the present block has done so far is not yet in them.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from mi_experiments.method.grid import Grid, fit_grid
 from mi_experiments.method.hessian import Factor
+from mi_experiments.method.number_formats import UNIFORM, UNQUANTIZED, NumberFormat
 from mi_experiments.method.pruning import Selection, Sparsity
 from mi_experiments.method.sparsegpt import LEAF, SweepState, Swept, check_sweep, halve, least_rows
 from mi_experiments.out_of_memory import in_pieces
@@ -23,8 +26,8 @@ def sweep_and_fit(
     bits: UInt8[Tensor, "columns"],
     scale_group: Int32[Tensor, "columns"],
     *,
-    symmetric: bool,
     clip_search: bool,
+    number_format: NumberFormat = UNIFORM,
     scale_bits: int = 16,
     sparsity: Sparsity | None = None,
     selection: Selection = Selection.exact,
@@ -41,8 +44,8 @@ def sweep_and_fit(
         factor: Factor of the damped Hessian, and the order of the sweep.
         bits: Width of each channel; 16 leaves it unquantized.
         scale_group: Scale group of each channel, dense from 0.
-        symmetric: Whether the levels are centred on zero.
         clip_search: Whether to try shrunk ranges.
+        number_format: Which levels each width has.
         scale_bits: What a scale is rounded to: 16 for float16, 32 for float32.
         sparsity: How many weights to prune and in which pattern; None prunes none.
         selection: How an unstructured pattern counts what it prunes.
@@ -65,7 +68,7 @@ def sweep_and_fit(
 
     def fit(state: SweepState, low: int, high: int) -> None:
         entered = (first >= low) & (first < high)
-        inside = entered[scale_group.long()] & (bits != 16)
+        inside = entered[scale_group.long()] & (bits != UNQUANTIZED)
         if not inside.any():
             return
         stop = int(positions[inside].max()) + 1
@@ -76,18 +79,17 @@ def sweep_and_fit(
             state.optimum(low, stop)[wanted].T,
             bits[channels],
             label.to(torch.int32),
-            symmetric=symmetric,
             clip_search=clip_search,
+            number_format=number_format,
             scale_bits=scale_bits,
         )
-        state.scale[chosen] = grid.scale.T.to(state.scale.dtype)
-        state.zero[chosen] = grid.zero_point.T.to(state.zero.dtype)
+        state.put(grid, chosen)
 
     def sweep_rows(start: int, stop: int) -> tuple[Swept, Grid]:
         part = weight[start:stop]
         scale = part.new_ones(len(part), groups, dtype=factor.upper.dtype)
         zero = torch.zeros_like(scale, dtype=torch.int32)
-        blank = Grid(bits, scale_group, scale, zero, scale_bits)
+        blank = Grid(bits, scale_group, scale, zero, scale_bits, number_format)
         state = SweepState(part, factor, blank, torch.zeros_like(part, dtype=torch.bool))
         for low in range(0, columns, block):
             high = min(low + block, columns)
@@ -98,8 +100,8 @@ def sweep_and_fit(
             # Not by halves: later blocks must know all errors as soon as they are made.
             state.carry(low, high, columns)
         scale = state.scale.T.to(torch.promote_types(weight.dtype, torch.float32))
-        grid = Grid(bits, scale_group, scale, state.zero.T.to(torch.int32), scale_bits)
-        return state.finish(), grid
+        zero = state.zero.T.to(torch.int32)
+        return state.finish(), replace(blank, scale=scale, zero_point=zero)
 
     parts = in_pieces(sweep_rows, len(weight), "rows", least_rows(weight, sparsity))
     return Swept.join([part for part, _ in parts]), Grid.join([grid for _, grid in parts])

@@ -1,7 +1,8 @@
 """The quantization grid: one scale and one integer zero point per (row, scale group).
 
-A weight on the grid is scale · (code − zero point) with an integer code in [0, 2^bits − 1]. The
-zero point is itself a code, so zero is always exactly representable and pruned weights stay zero.
+A weight on the grid is scale · level, and its number format says which level a code in
+[0, 2^bits − 1] stands for. The zero point is the code of zero, so zero is always exactly
+representable and pruned weights stay zero.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,18 +13,17 @@ from jaxtyping import Bool, Float, Int, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
-
-UNQUANTIZED = 16
-"""The width that means: keep this channel's weights as they are."""
-
-MAX_BITS = 8
-"""With 8-bit codes and 11-bit scales a product is exact in float32."""
+from mi_experiments.method.number_formats import (
+    MAX_BITS,
+    UNIFORM,
+    UNQUANTIZED,
+    NumberFormat,
+    store_scale,
+    top_code,
+)
 
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(30))
 """Fractions of the full range that the clip search tries: 1.00, 0.98, …, 0.42."""
-
-SCALE_DTYPES = {16: torch.float16, 32: torch.float32}
-"""The numbers that a scale may be, by the bits that it is stored in."""
 
 CHUNK_ELEMENTS = 2**20
 """Candidate weights (factors · rows · channels) held at a time by the clip search."""
@@ -67,10 +67,11 @@ class Grid:
     Attributes:
         bits: Width of each channel's codes, 1 to 8; 16 leaves the channel unquantized.
         scale_group: Which column of ``scale`` and ``zero_point`` each channel uses.
-        scale: Distance between levels; positive, and exactly a number of ``scale_bits``, so that
-            counting these for it is honest. 1 where unquantized.
+        scale: What a level is multiplied by; positive, and exactly a number of ``scale_bits``, so
+            that counting these for it is honest. 1 where unquantized.
         zero_point: The code of zero, in [0, 2^bits − 1]. 0 where unquantized.
         scale_bits: 16 for float16 scales, 32 for float32.
+        number_format: Which level each code stands for.
 
     Raises:
         ValueError: A width is out of range, a scale group mixes widths or is missing, or a scale or
@@ -82,12 +83,13 @@ class Grid:
     scale: Float[Tensor, "rows scale_groups"]
     zero_point: Int32[Tensor, "rows scale_groups"]
     scale_bits: int = 16
+    number_format: NumberFormat = UNIFORM
 
     def __post_init__(self) -> None:
         width = _bits_per_group(self.bits, self.scale_group, self.scale.shape[1])
         if not ((self.scale > 0) & (self.scale == store_scale(self.scale, self.scale_bits))).all():
             raise ValueError(f"every scale must be positive and exactly a float{self.scale_bits}")
-        if not ((self.zero_point >= 0) & (self.zero_point <= _top(width))).all():
+        if not ((self.zero_point >= 0) & (self.zero_point <= top_code(width))).all():
             raise ValueError("every zero point must be a code, in [0, 2^bits − 1]")
         whole = width == UNQUANTIZED
         if (self.scale[:, whole] != 1).any() or self.zero_point[:, whole].any():
@@ -97,6 +99,12 @@ class Grid:
     def quantized(self) -> Bool[Tensor, "columns"]:
         """Which channels have codes."""
         return self.bits != UNQUANTIZED
+
+    @property
+    def group_bits(self) -> UInt8[Tensor, "scale_groups"]:
+        """Width of each scale group."""
+        width = self.bits.new_zeros(self.scale.shape[1])
+        return width.index_copy_(0, self.scale_group.long(), self.bits)
 
     def of_rows(self, start: int, stop: int) -> "Grid":
         """Return the grid of some rows, itself for all of them."""
@@ -118,16 +126,15 @@ class Grid:
     def encode(
         self, weight: Float[Tensor, "rows chosen"], columns: Int64[Tensor, "chosen"]
     ) -> Int16[Tensor, "rows chosen"]:
-        """Round weights to the nearest code.
+        """Return the code of the level nearest to each weight.
 
         Args:
             weight: Weights of the chosen channels; finite.
             columns: Channel index of each column of ``weight``; quantized channels only.
         """
         group = self.scale_group[columns]
-        zero = self.zero_point[:, group]
-        level = (weight / self.scale[:, group]).round()
-        return (level.clamp(-zero, _top(self.bits[columns]) - zero) + zero).to(torch.int16)
+        value, zero = weight / self.scale[:, group], self.zero_point[:, group]
+        return self.number_format.encode(value, self.bits[columns], zero)
 
     def decode(
         self, codes: Int[Tensor, "rows chosen"], columns: Int64[Tensor, "chosen"]
@@ -139,15 +146,13 @@ class Grid:
             columns: Channel index of each column of ``codes``; quantized channels only.
         """
         group = self.scale_group[columns]
-        return (codes - self.zero_point[:, group]) * self.scale[:, group]
+        bits, zero = self.bits[columns], self.zero_point[:, group]
+        return self.number_format.decode(codes, bits, zero) * self.scale[:, group]
 
     def quantize(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Round every weight to its nearest level; unquantized channels are returned unchanged."""
         columns = self.quantized.nonzero()[:, 0]
-        group = self.scale_group[columns]
-        zero, scale = self.zero_point[:, group], self.scale[:, group]
-        level = (weight[:, columns] / scale).round_()
-        level = level.clamp_(-zero, _top(self.bits[columns]) - zero).to(scale.dtype).mul_(scale)
+        level = self.decode(self.encode(weight[:, columns], columns), columns)
         return weight.index_copy(1, columns, level.to(weight.dtype))
 
 
@@ -157,24 +162,24 @@ def fit_grid(
     bits: UInt8[Tensor, "columns"],
     scale_group: Int32[Tensor, "columns"],
     *,
-    symmetric: bool,
     clip_search: bool,
+    number_format: NumberFormat = UNIFORM,
     scale_bits: int = 16,
     pruned: Bool[Tensor, "rows columns"] | None = None,
 ) -> Grid:
     """Fit one scale and zero point to the weights of every (row, scale group).
 
-    Asymmetric: the levels span [min(w, 0), max(w, 0)]. Symmetric: they span ±max |w|, with zero
-    point 2^(bits − 1). The clip search shrinks both ends of the range together and keeps the factor
-    with the smallest squared error (GPTQ's ``mse``, arXiv:2210.17323, with exponent 2), so it never
-    does worse than the full range. Where all weights are zero the scale is 1.
+    The number format says which scale and zero point span a range. The clip search shrinks both
+    ends of the range together and keeps the factor with the smallest squared error (GPTQ's ``mse``,
+    arXiv:2210.17323, with exponent 2), so it never does worse than the full range. Where all
+    weights are zero the scale is 1.
 
     Args:
         weight: Weights in storage order.
         bits: Width of each channel; 16 leaves it unquantized, with scale 1 and zero point 0.
         scale_group: Scale group of each channel, dense from 0.
-        symmetric: Whether the levels are centred on zero.
         clip_search: Whether to try shrunk ranges.
+        number_format: Which levels each width has.
         scale_bits: What a scale is rounded to: 16 for float16, 32 for float32.
         pruned: Weights that will be zero and so have no part in the fit.
 
@@ -193,9 +198,11 @@ def fit_grid(
     zero_point = scale.new_zeros(scale.shape, dtype=torch.int32)
     factors = weight.new_tensor(SHRINK_FACTORS if clip_search else SHRINK_FACTORS[:1])
     for width, chosen, columns in _batches(bits, scale_group, groups):
+        if width not in number_format.widths:
+            raise ValueError(f"{number_format.name} levels of {width} bits do not exist")
         chunks = 1 + len(factors) * len(weight) * columns.numel() // CHUNK_ELEMENTS
         parts = [
-            _fit(part[:, columns], width, symmetric, factors, scale_bits)
+            _fit(part[:, columns], width, number_format, factors, scale_bits)
             for part in weight.chunk(chunks)
         ]
         scale[:, chosen] = torch.cat([part[0] for part in parts])
@@ -204,23 +211,7 @@ def fit_grid(
         most = f"{weight.abs().max():.3g}"
         remedy = "; recipe.scale_bits=32 stores wider ones" if scale_bits == 16 else ""
         raise NumericalError(f"weights up to {most} need scales beyond float{scale_bits}{remedy}")
-    return Grid(bits, scale_group, scale, zero_point, scale_bits)
-
-
-def store_scale(scale: Float[Tensor, "*shape"], scale_bits: int) -> Float[Tensor, "*shape"]:
-    """Round scales to the nearest number that can be stored, in the dtype that they have."""
-    return scale.to(SCALE_DTYPES[scale_bits]).to(scale.dtype)
-
-
-def smallest_scale(scale_bits: int) -> float:
-    """Return the smallest positive scale that can be stored; smaller ones are raised to it."""
-    limits = torch.finfo(SCALE_DTYPES[scale_bits])
-    return limits.smallest_normal * limits.eps
-
-
-def _top(bits: Tensor) -> Tensor:
-    """Largest code of each width."""
-    return torch.exp2(bits.float()).to(torch.int32) - 1
+    return Grid(bits, scale_group, scale, zero_point, scale_bits, number_format)
 
 
 def _bits_per_group(
@@ -262,28 +253,17 @@ def _batches(
 def _fit(
     weight: Float[Tensor, "rows groups size"],
     bits: int,
-    symmetric: bool,
+    number_format: NumberFormat,
     factors: Float[Tensor, "factors"],
     scale_bits: int,
 ) -> tuple[Float[Tensor, "rows groups"], Int32[Tensor, "rows groups"]]:
     """Scale and zero point of the best shrink factor for each row and group of one width."""
-    top = 2**bits - 1
-    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(-low, high)
-        low = -high
-    shrink = factors[:, None, None]
-    scale = store_scale(shrink * ((high - low) / top), scale_bits)
-    scale = scale.clamp(min=smallest_scale(scale_bits))
-    scale = torch.where(high == low, 1.0, scale)
-    if symmetric:
-        zero = torch.full_like(scale, 2 ** (bits - 1))
-    else:
-        zero = (-low * shrink / scale).round().clamp(0, top)
+    scale, zero = number_format.fit(weight, bits, factors[:, None, None], scale_bits)
     if len(factors) == 1:
         return scale[0], zero[0].to(torch.int32)
     step, base = scale[..., None], zero[..., None]
-    level = (weight / step).round_().clamp_(-base, top - base)
+    limits = number_format.limits(torch.tensor(bits, device=weight.device), base)
+    level = number_format.round_(weight / step, bits).clamp_(*limits)
     error = level.mul_(step).sub_(weight).square_().sum(-1)
     best = error.argmin(0, keepdim=True)
     return scale.gather(0, best)[0], zero.gather(0, best)[0].to(torch.int32)

@@ -10,7 +10,8 @@ fixed the best value of a weight is
 group, whose weights are scale · level, moves by −Σ_j g_j level_j / (level H′ levelᵀ).
 
 Both moves are minimisers of a parabola, rounded to the nearest point of a grid that the old value
-is on as well. The nearest point is never worse than any other, so no move can raise a row's error.
+is on as well, whatever its number format. The nearest point is never worse than any other, so no
+move can raise a row's error.
 """
 
 from dataclasses import replace
@@ -20,7 +21,8 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
-from mi_experiments.method.grid import Grid, store_scale
+from mi_experiments.method.grid import Grid
+from mi_experiments.method.number_formats import UNQUANTIZED, store_scale
 from mi_experiments.method.sparsegpt import Swept
 from mi_experiments.out_of_memory import in_pieces
 
@@ -122,23 +124,22 @@ def _descend(
     order = torch.arange(len(hessian), device=hessian.device) if order is None else order
     weight, error = _transposed(swept, target, hessian)
     # Kept on the host, so that the loop need not wait for the device.
-    quantized = grid.quantized[order].cpu()
-    for channels, rounding in zip(
-        torch.split(order, leaf), torch.split(quantized, leaf), strict=True
-    ):
+    widths = grid.bits[order].cpu()
+    for channels, bits in zip(torch.split(order, leaf), torch.split(widths, leaf), strict=True):
         panel = hessian[channels]
         coupling, gradient = panel[:, channels], panel @ error
         scale = _scales(grid, channels, weight.dtype)
-        least, most = _room(weight[channels] / scale, swept.pruned[:, channels].T, grid, channels)
+        levels = weight[channels] / scale
+        least, most = _room(levels, swept.pruned[:, channels].T, grid, channels)
         step = torch.zeros_like(gradient)
         newton = (scale * coupling.diagonal()[:, None]).reciprocal_().neg_()
-        for j, rounded in enumerate(rounding.tolist()):
+        for j, width in enumerate(bits.tolist()):
             # The gradient knows the error before the leaf: add what the leaf has moved since.
             gradient[j].addmv_(step[:j].T, coupling[j, :j])
-            # Rounding the step, not the level, half to even: a tie keeps the old code.
-            level = gradient[j].mul_(newton[j])
-            level = level.round_() if rounded else level
-            torch.mul(level.clamp_(least[j], most[j]), scale[j], out=step[j])
+            change = gradient[j].mul_(newton[j])
+            if width != UNQUANTIZED:
+                grid.number_format.round_step_(change, levels[j], width)
+            torch.mul(change.clamp_(least[j], most[j]), scale[j], out=step[j])
         error.index_add_(0, channels, step)
         weight.index_add_(0, channels, step)
     codes = swept.codes
@@ -226,10 +227,10 @@ def _room(
 ) -> tuple[Float[Tensor, "chosen rows"], Float[Tensor, "chosen rows"]]:
     """Farthest a weight may move down and up, in levels; a pruned weight may not move."""
     zero = grid.zero_point[:, grid.scale_group[channels]].T
-    top = 2 ** grid.bits[channels, None].to(level.dtype) - 1
+    low, high = grid.number_format.limits(grid.bits[channels, None], zero)
     unbounded = ~grid.quantized[channels, None]
-    least = (-zero - level).masked_fill(unbounded, -torch.inf)
-    most = (top - zero - level).masked_fill(unbounded, torch.inf)
+    least = (low - level).masked_fill(unbounded, -torch.inf)
+    most = (high - level).masked_fill(unbounded, torch.inf)
     return least.masked_fill_(pruned, 0), most.masked_fill_(pruned, 0)
 
 

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int16, Int64
+from jaxtyping import Bool, Float, Int, Int16, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import Grid
 from mi_experiments.method.hessian import Factor
+from mi_experiments.method.number_formats import UNQUANTIZED
 from mi_experiments.method.pruning import Selection, Sparsity, choose_pruned
 from mi_experiments.out_of_memory import in_pieces
 
@@ -151,15 +152,15 @@ def check_sweep(
         NumericalError: A weight is not finite.
         ValueError: The windows of an n:m pattern lie in several mask blocks.
     """
-    if sparsity is not None and sparsity.is_structured:
-        _check_windows(factor.order, sparsity.m, mask_block)
+    if sparsity is not None and sparsity.window > 1:
+        _check_windows(factor.order, sparsity.window, mask_block)
     if bad := int((~weight.isfinite()).sum()):
         raise NumericalError(f"{bad} of {weight.numel()} weights are not finite")
 
 
 def least_rows(weight: Float[Tensor, "rows columns"], sparsity: Sparsity | None) -> int:
     """Return how many rows must be swept at once: all where a pattern is chosen among them."""
-    return 1 if sparsity is None or sparsity.is_structured else len(weight)
+    return len(weight) if sparsity is not None and sparsity.kind.among_rows else 1
 
 
 class SweepState:
@@ -167,8 +168,8 @@ class SweepState:
 
     Attributes:
         error: (W − Ŵ)ᵀ, where Ŵ of a channel not yet fixed counts as zero.
-        carried: (E R)ᵀ over the channels already fixed; of a fixed channel, its level (code − zero
-            point) if quantized, else its value.
+        carried: (E R)ᵀ over the channels already fixed; of a fixed channel, its level if
+            quantized, else its value.
         pruned: The pattern as far as it is chosen.
         quadratic_error: ‖E R‖² of each row, over the channels already fixed.
     """
@@ -186,13 +187,15 @@ class SweepState:
         self.carried = torch.zeros_like(self.error)
         self.pruned = pruned.index_select(1, self.order).T.contiguous()
         self.quadratic_error = self.error.new_zeros(len(weight))
-        self.quantized = [False] * len(self.order)
+        self.widths = [UNQUANTIZED] * len(self.order)
         if grid is not None:
-            self.quantized = grid.quantized[self.order].tolist()
+            self.widths = grid.bits[self.order].tolist()
             self.scale_group = grid.scale_group[self.order]
+            self.round_ = grid.number_format.round_
             self.scale = grid.scale.T.to(self.upper.dtype).contiguous()
             self.zero = grid.zero_point.T.to(self.upper.dtype).contiguous()
-            self.top = 2 ** grid.bits[self.order, None].to(self.upper.dtype) - 1
+            limits = grid.number_format.limits(grid.group_bits[:, None], self.zero)
+            self.least, self.most = (limit.expand_as(self.zero).clone() for limit in limits)
 
     def optimum(self, low: int, high: int) -> Float[Tensor, "span rows"]:
         """Return the weights that are optimal given all that is fixed before ``low``.
@@ -234,11 +237,11 @@ class SweepState:
         target = torch.addcdiv(error, carried, diagonal)
         targets, errors, zeroed = target.unbind(0), error.unbind(0), pruned.unbind(0)
         scale, least, most = self.levels(low, high)
-        for j, quantized in enumerate(self.quantized[low:high]):
+        for j, bits in enumerate(self.widths[low:high]):
             if j:
                 targets[j].addmv_(fixed[:, :j], coupling[j][:j])
-            if quantized:
-                targets[j].div_(scale[j]).round_().clamp_(least[j], most[j])
+            if bits != UNQUANTIZED:
+                self.round_(targets[j].div_(scale[j]), bits).clamp_(least[j], most[j])
                 errors[j].addcmul_(targets[j], scale[j], value=-1)
             else:
                 errors[j].sub_(targets[j].masked_fill_(zeroed[j], 0))
@@ -247,13 +250,21 @@ class SweepState:
 
     def levels(self, low: int, high: int) -> Iterator[tuple[Tensor, ...]]:
         """Scale, least and greatest level of a leaf's channels; pruned weights have only 0."""
-        if not any(self.quantized[low:high]):
+        if self.grid is None or all(bits == UNQUANTIZED for bits in self.widths[low:high]):
             return iter(((), (), ()))
-        group = self.scale_group[low:high]
-        least = self.zero.index_select(0, group).neg_()
-        most = (least + self.top[low:high]).masked_fill_(self.pruned[low:high], 0)
-        least.masked_fill_(self.pruned[low:high], 0)
-        return (rows.unbind(0) for rows in (self.scale.index_select(0, group), least, most))
+        group, pruned = self.scale_group[low:high], self.pruned[low:high]
+        scale, least, most = (
+            values.index_select(0, group) for values in (self.scale, self.least, self.most)
+        )
+        limits = least.masked_fill_(pruned, 0), most.masked_fill_(pruned, 0)
+        return (rows.unbind(0) for rows in (scale, *limits))
+
+    def put(self, fitted: Grid, groups: Int[Tensor, "fitted"]) -> None:
+        """Take the grids of some scale groups, whose channels are still to be fixed."""
+        self.scale[groups] = fitted.scale.T.to(self.scale.dtype)
+        self.zero[groups] = zero = fitted.zero_point.T.to(self.zero.dtype)
+        limits = fitted.number_format.limits(fitted.group_bits[:, None], zero)
+        self.least[groups], self.most[groups] = limits
 
     def finish(self) -> Swept:
         """Bring the result into storage order."""
@@ -269,12 +280,13 @@ class SweepState:
         position = self.order.argsort()
         pruned = self.pruned.index_select(0, position).T.contiguous()
         value, codes = self.carried.index_select(0, position), None
-        if self.grid is not None and any(self.quantized):
-            # The zero point is 0 and the scale 1 where nothing is quantized.
-            zero = self.zero.index_select(0, self.grid.scale_group)
-            exact = value.add_(zero).to(torch.int16)
-            codes = exact.masked_fill_(~self.grid.quantized[:, None], 0).T.contiguous()
-            value.sub_(zero).mul_(self.scale.index_select(0, self.grid.scale_group))
+        if self.grid is not None and self.grid.quantized.any():
+            grid = self.grid
+            zero = self.zero.index_select(0, grid.scale_group)
+            found = grid.number_format.encode(value, grid.bits[:, None], zero)
+            codes = found.masked_fill_(~grid.quantized[:, None], 0).T.contiguous()
+            # No zero is negative; the scale is 1 where nothing is quantized.
+            value.add_(0.0).mul_(self.scale.index_select(0, grid.scale_group))
         return Swept(value.T.contiguous(), codes, pruned, self.quadratic_error)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from mi_experiments.config.config import Config
 from mi_experiments.config.method import Allocation, Scope
 from mi_experiments.method.allocation import allocate_bits, allocate_kept
-from mi_experiments.method.pruning import Sparsity, keep_parts, possible_parts
+from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.pruning_costs import keep_parts, possible_parts
 from mi_experiments.planning.costs import GroupCosts
 from mi_experiments.planning.site_costs import LinearCosts
 
@@ -20,7 +21,7 @@ def allocate_pruning(linears: Sequence[LinearCosts], config: Config) -> dict[str
 
     A linear without a cost, because it is not measured, gets the average.
     """
-    chosen = dict.fromkeys((linear.name for linear in linears), config.sparsity.pattern)
+    chosen = dict.fromkeys((linear.name for linear in linears), config.sparsity.average)
     members = [linear for linear in linears if linear.pruning is not None]
     if members:
         kept = allocate_kept(

@@ -35,6 +35,7 @@ PRUNING_FIELDS = (
     "sparsity.cost",
     "sparsity.mask_block",
     "sparsity.m",
+    "sparsity.pattern",
     "sparsity.spread",
 )
 """Fields that the costs of pruning depend on, besides."""
@@ -46,7 +47,9 @@ COST_FIELDS = (
     "sparsity.ratio",
     "sparsity.n",
     "sparsity.m",
+    "sparsity.pattern",
     "wbits.cost",
+    "wbits.grid",
     "wbits.symmetric",
     "wbits.group_size",
     "wbits.widths",
@@ -70,5 +73,6 @@ def cost_config(config: Config) -> Config:
     narrowed = narrow(config, fields)
     narrowed.n_groups = replace(config.n_groups, adaptive=config.adapts_groups)
     if mixed:
-        narrowed.wbits.widths = sorted({*config.wbits.candidate_widths(), *ALL_WIDTHS})
+        known = {width for width in ALL_WIDTHS if width in config.wbits.number_format.widths}
+        narrowed.wbits.widths = sorted({*config.wbits.candidate_widths(), *known})
     return narrowed

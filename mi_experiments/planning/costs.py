@@ -13,9 +13,11 @@ from mi_experiments.config.method import Cost
 from mi_experiments.config.recipe import DeadChannels
 from mi_experiments.errors import NumericalError
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.method.grid import UNQUANTIZED, fit_grid, scale_groups
+from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, sweep_order
-from mi_experiments.method.pruning import choose_pruned, possible_parts, pruning_costs
+from mi_experiments.method.number_formats import UNQUANTIZED
+from mi_experiments.method.pruning import choose_pruned
+from mi_experiments.method.pruning_costs import possible_parts, pruning_costs
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def measure_group_costs(
     # A power of two: squares of small weights do not underflow, and all others keep their bits.
     unit = unit_of(weight)
     row_cost = weigh_rows(weight, fisher, hessian, config.wbits.cost)
-    sparsity = config.sparsity.pattern
+    sparsity = config.sparsity.average
     pruned = None
     if not sparsity.is_dense:
         pruned = choose_pruned((weight * unit).square() * saliency, sparsity)
@@ -64,8 +66,8 @@ def measure_group_costs(
                 weight,
                 bits,
                 scale_group,
-                symmetric=wbits.symmetric,
                 clip_search=config.recipe.clip_search,
+                number_format=wbits.number_format,
                 scale_bits=config.recipe.scale_bits,
                 pruned=pruned,
             )

@@ -13,7 +13,8 @@ from mi_experiments.method.hessian import Factor, Hessian
 from mi_experiments.planning.costs import measure_group_costs, read_weight
 
 COMPARED_AT = 4
-"""The width at which partitions are compared, so that the choice does not depend on the budget."""
+"""The width at which partitions are compared, so that the choice does not depend on the budget; of
+a number format without it, the nearest width that it has."""
 
 LEAST = 4.0**-4
 """What no group counts less than, of its linear's mean: widths are not many bits apart."""
@@ -52,7 +53,7 @@ def best_partition(
                 hessian,
                 factor,
                 config,
-                [COMPARED_AT],
+                [compared_width(config)],
             )
             total += log_cost(costs.costs[:, 0].double(), costs.sizes) * weight.numel()
             weights += weight.numel()
@@ -79,10 +80,16 @@ def log_cost(costs: Float64[Tensor, "groups"], sizes: Int[Tensor, "groups"]) -> 
     return float((sizes * share.log()).sum() / sizes.sum())
 
 
+def compared_width(config: Config) -> int:
+    """Return the width at which partitions are compared."""
+    return min(config.wbits.number_format.widths, key=lambda width: abs(width - COMPARED_AT))
+
+
 def scale_bits(channel_group: Int[Tensor, "columns"], config: Config) -> float:
     """Return how many bits of a kept weight are scales and zero points; inf if none is kept."""
     if config.sparsity.ratio == 1:
         return math.inf
     scales = int(scale_groups(channel_group, config.wbits.group_size).max()) + 1
-    each = config.recipe.scale_bits + (0 if config.wbits.symmetric else COMPARED_AT)
+    zero_bits = config.wbits.number_format.zero_bits(compared_width(config))
+    each = config.recipe.scale_bits + zero_bits
     return scales * each / len(channel_group) / (1 - config.sparsity.ratio)

@@ -85,13 +85,13 @@ class Plan:
             tensors[f"{name}.channel_group"] = linear.channel_group.clone()
             tensors[f"{name}.scale_group"] = linear.scale_group.clone()
         linears = {
-            n: [p.block, p.site, p.rows, p.columns, dataclasses.asdict(p.sparsity)]
+            n: [p.block, p.site, p.rows, p.columns, p.sparsity.stored()]
             for n, p in self.linears.items()
         }
         information = {site: dataclasses.asdict(item) for site, item in self.information.items()}
         rest = {
             "requested": self.requested,
-            "sparsity": dataclasses.asdict(self.sparsity),
+            "sparsity": self.sparsity.stored(),
             "linears": linears,
             "information": information,
         }
@@ -182,7 +182,7 @@ def plan_compression(
         linear.name: spread_widths(linear, widths[linear.name], pruned[linear.name], config)
         for linear in linears
     }
-    return Plan(planned, information, config.sparsity.pattern, config.wbits.average)
+    return Plan(planned, information, config.sparsity.average, config.wbits.average)
 
 
 def keep_widths(linear: LinearCosts, narrowed: Config, config: Config) -> LinearCosts:

@@ -58,7 +58,7 @@ def test_what_is_exact_in_no_16_bits_stays_what_it_is() -> None:
 def test_only_unquantized_channels_are_rounded_and_pruned_weights_stay_zero() -> None:
     bits = torch.tensor([4, 16] * 4, dtype=torch.uint8)
     group = (bits == 16).int()
-    grid = fit_grid(ORDINARY, bits, group, symmetric=False, clip_search=False)
+    grid = fit_grid(ORDINARY, bits, group, clip_search=False)
     pruned = ORDINARY.abs() < 0.3
     weight = ORDINARY.masked_fill(pruned, 0)
     rounded, dtype = round_to_half(Swept(weight, None, pruned, ORDINARY[:, 0]), grid, torch.float32)

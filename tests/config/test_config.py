@@ -108,6 +108,11 @@ def test_seqlen_follows_the_model() -> None:
         ),
         ("corpora.c4.splits.train=[]", ["corpora.c4.splits.train=[]", "at least one file"]),
         ("wbits.widths=[5,6]", ["wbits.widths=[5, 6]", "wbits.average"]),
+        ("wbits.grid=float4", ["wbits.grid=float4", "uniform, normal_float"]),
+        (
+            "wbits={grid: normal_float, symmetric: true}",
+            ["wbits.symmetric=true", "false unless grid=uniform"],
+        ),
         ("dataset.nsamples=many", ["dataset.nsamples", "many"]),
         ("n_groups.grouping=best", ["n_groups.grouping", "best", "mutual_information"]),
         ("dataset.corpus=pile", ["dataset.corpus=pile", "embedded, text, wikitext2, ptb, c4"]),
@@ -200,8 +205,8 @@ def test_only_blind_groupings_need_no_activations() -> None:
 
 
 def test_the_pattern_is_that_of_every_linear() -> None:
-    assert config_of("sparsity=semistructured_2_4").sparsity.pattern == Sparsity(0.5, 2, 4)
-    assert config_of("sparsity=dense").sparsity.pattern.is_dense
+    assert config_of("sparsity=semistructured_2_4").sparsity.average == Sparsity(0.5, 2, 4)
+    assert config_of("sparsity=dense").sparsity.average.is_dense
 
 
 # Texts

@@ -14,11 +14,14 @@ from mi_experiments.comparison.run_table import find_column, read_runs
 from mi_experiments.config.compose import explain, from_hydra, to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.fields import hint_at
+from mi_experiments.config.identity import without_incidental
 from mi_experiments.config.renames import (
+    ADDED,
     FIELDS,
     KEYS,
     VALUES,
     record_with_new_names,
+    with_added,
     with_new_names,
 )
 from mi_experiments.errors import InputError
@@ -97,6 +100,20 @@ def test_an_old_value_is_read_as_the_new_one(key: str, old: str, new: str) -> No
     assert with_new_names({group: {last: old, "other": old}}) == {group: {last: new, "other": old}}
     # A key of the same name elsewhere is another key.
     assert with_new_names({last: old}) == {last: old}
+
+
+@pytest.mark.parametrize(("key", "value"), ADDED.items())
+def test_a_key_that_was_added_is_what_every_earlier_run_did(key: str, value: Any) -> None:
+    config = to_plain(config_of())
+    older = to_plain(config_of())
+    part, last = at(older, key)
+    assert part.pop(last) == value
+    assert with_added(older) == config
+    assert to_plain(from_hydra(OmegaConf.create(older))) == config
+    assert without_incidental(older) == without_incidental(config)
+    part[last] = "other"
+    assert with_added(older) == older
+    assert without_incidental(older) != without_incidental(config)
 
 
 @pytest.mark.parametrize("record", [[], 3, {}, {"config": None}, {"config": [1]}])

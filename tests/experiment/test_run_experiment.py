@@ -112,6 +112,7 @@ def test_an_export_is_what_was_evaluated(config_of: Callable[..., Config], tmp_p
     [
         ["wbits.average=3.25", "n_groups.multiple=1"],
         ["sparsity=semistructured_2_4", "wbits=uniform", "wbits.symmetric=true"],
+        ["wbits=normal_float", "wbits.average=3", "wbits.group_size=8"],
         ["sparsity=dense", "wbits.widths=[2,4,16]", "n_groups.count=4", "n_groups.multiple=1"],
     ],
 )

@@ -31,11 +31,9 @@ def swept_linear(sparsity=HALF, seed=0, dtype=torch.float32, group_size=4):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(ROWS, COLUMNS, generator=generator)
     bits, group = mixed_bits()
-    grid = fit_grid(
-        weight, bits, scale_groups(group, group_size), symmetric=False, clip_search=False
-    )
+    grid = fit_grid(weight, bits, scale_groups(group, group_size), clip_search=False)
     upper = (torch.randn(COLUMNS, COLUMNS, generator=generator) * 0.1).triu(1) + torch.eye(COLUMNS)
-    order = torch.arange(COLUMNS) if sparsity.is_structured else ORDER
+    order = torch.arange(COLUMNS) if sparsity.m else ORDER
     factor = Factor(upper.to(dtype), order, 0.01, (0.01,))
     return sweep(weight, factor, grid=grid, sparsity=sparsity, mask_block=MASK_BLOCK), grid
 
@@ -43,7 +41,7 @@ def swept_linear(sparsity=HALF, seed=0, dtype=torch.float32, group_size=4):
 def check(swept, grid, sparsity=HALF, **changes):
     promises = {
         "original": None,
-        "order": torch.arange(COLUMNS) if sparsity.is_structured else ORDER,
+        "order": torch.arange(COLUMNS) if sparsity.m else ORDER,
         "mask_block": MASK_BLOCK,
         "max_average_bits": None,
         "stored": None,
@@ -124,9 +122,7 @@ def test_a_threshold_may_prune_more_than_asked_and_not_as_few():
 def test_a_scale_with_more_digits_than_are_counted_fails():
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
     bits, group = mixed_bits()
-    fine = fit_grid(
-        weight, bits, scale_groups(group, 4), symmetric=False, clip_search=False, scale_bits=32
-    )
+    fine = fit_grid(weight, bits, scale_groups(group, 4), clip_search=False, scale_bits=32)
     factor = Factor(torch.eye(COLUMNS), ORDER, 0.01, (0.01,))
     swept = sweep(weight, factor, grid=fine)
     assert check(swept, fine, DENSE).levels_max == 4
@@ -230,9 +226,9 @@ def test_a_scale_for_every_column_has_too_many_levels():
     weight = torch.randn(ROWS, COLUMNS, generator=generator)
     bits = torch.full((COLUMNS,), 2, dtype=torch.uint8)
     shared = torch.zeros(COLUMNS, dtype=torch.int32)
-    declared = fit_grid(weight, bits, shared, symmetric=False, clip_search=False)
+    declared = fit_grid(weight, bits, shared, clip_search=False)
     each = torch.arange(COLUMNS, dtype=torch.int32)
-    refitted = fit_grid(weight, bits, each, symmetric=False, clip_search=False)
+    refitted = fit_grid(weight, bits, each, clip_search=False)
     codes = refitted.encode(weight, torch.arange(COLUMNS))
     dense = torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     swept = Swept(refitted.quantize(weight), codes, dense, torch.zeros(ROWS))
@@ -244,7 +240,7 @@ def test_a_scale_for_every_column_has_too_many_levels():
 def test_one_level_too_many_fails():
     one = torch.zeros(COLUMNS, dtype=torch.int32)
     weight = (torch.arange(COLUMNS) % 4 - 1.0).expand(ROWS, COLUMNS).clone()
-    grid = fit_grid(weight, one.byte() + 2, one, symmetric=False, clip_search=False)
+    grid = fit_grid(weight, one.byte() + 2, one, clip_search=False)
     codes = grid.encode(weight, torch.arange(COLUMNS))
     swept = Swept(weight, codes, torch.zeros_like(weight, dtype=torch.bool), torch.zeros(ROWS))
     assert check(swept, grid, DENSE).levels_max == 4

@@ -1,6 +1,6 @@
 """Every stored bit is counted by hand, packed into exactly that many, and read back."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mi_experiments.method import bit_packing
 from mi_experiments.method.bit_count import Storage, average_bits, count_storage, find_layout
 from mi_experiments.method.bit_packing import pack, unpack
-from mi_experiments.method.grid import Grid, scale_groups, store_scale
+from mi_experiments.method.grid import Grid, scale_groups
+from mi_experiments.method.number_formats import SYMMETRIC, Uniform, store_scale
 from mi_experiments.method.pruning import Sparsity, choose_pruned
 
 DENSE, HALF = Sparsity(0.0), Sparsity(0.5)
@@ -28,7 +29,7 @@ def random_grid(rows, bits, channel_group, group_size, generator, symmetric=Fals
         zero = (2 ** (width - 1)).expand(shape).int()
     plain = width == 16
     scale, zero = scale.masked_fill(plain, 1.0), zero.masked_fill(plain, 0)
-    return Grid(bits, shared, scale, zero, scale_bits)
+    return Grid(bits, shared, scale, zero, scale_bits, Uniform(symmetric))
 
 
 def random_linear(grid, sparsity, rows, columns, generator, dtype=torch.float16):
@@ -101,7 +102,7 @@ def test_a_symmetric_grid_stores_no_zero_points():
     bits = torch.full((4,), 3, dtype=torch.uint8)
     grid = random_grid(2, bits, one, None, torch.Generator().manual_seed(0), symmetric=True)
     pruned = torch.zeros(2, 4, dtype=torch.bool)
-    counted = count_storage(grid, pruned, DENSE, None, symmetric=True)
+    counted = count_storage(grid, pruned, DENSE, None)
     assert counted == Storage(8, 24, 32, 0, 0, 4)
 
 
@@ -140,14 +141,14 @@ def linears(draw):
         wide = draw(st.sampled_from([16, 32]))
         grid = random_grid(rows, bits[group], group, size, generator, symmetric, wide)
     weight, codes, pruned = random_linear(grid, sparsity, rows, columns, generator, dtype)
-    return weight, codes, pruned, grid, group, sparsity, symmetric, dtype
+    return weight, codes, pruned, grid, group, sparsity, dtype
 
 
 def assert_round_trip(linear):
-    weight, codes, pruned, grid, group, sparsity, symmetric, dtype = linear
-    layout = find_layout(grid, pruned, sparsity, group, symmetric=symmetric, dtype=dtype)
+    weight, codes, pruned, grid, group, sparsity, dtype = linear
+    layout = find_layout(grid, pruned, sparsity, group, dtype=dtype)
     streams = pack(weight, codes, pruned, grid, group, layout)
-    counted = count_storage(grid, pruned, sparsity, group, symmetric=symmetric)
+    counted = count_storage(grid, pruned, sparsity, group)
     names = [field.name for field in fields(Storage) if field.name != "weights"]
     assert {name: len(streams[name]) for name in streams} == {
         name: -(-getattr(counted, name) // 8) for name in names
@@ -182,10 +183,9 @@ def test_every_pattern_of_a_window_has_its_own_number():
     sparsity = Sparsity.structured(3, 7)
     kept = torch.combinations(torch.arange(7), 3)
     pruned = torch.ones(35, 7, dtype=torch.bool).scatter_(1, kept, value=False)
-    ranks = bit_packing._rank(pruned, sparsity)
+    ranks = sparsity.kind.pack(pruned, sparsity)
     assert ranks.sort().values.tolist() == list(range(35))
-    layout = find_layout(None, pruned, sparsity, None)
-    assert torch.equal(bit_packing._unrank(ranks, layout), pruned)
+    assert torch.equal(sparsity.kind.unpack(ranks, 35, 7, sparsity), pruned)
 
 
 def test_bits_are_written_lowest_first_without_gaps():
@@ -199,11 +199,11 @@ def test_what_the_streams_could_not_say_is_refused():
         count_storage(grid, half_pruned(2, 8), DENSE, None)
     with pytest.raises(ValueError, match="keep 2 of 4"):
         count_storage(grid, dense, Sparsity.structured(2, 4), None)
-    with pytest.raises(ValueError, match="no windows of 3"):
+    with pytest.raises(ValueError, match="cut into windows of 3"):
         count_storage(grid, dense, Sparsity.structured(1, 3), None)
-    shifted = Grid(grid.bits, grid.scale_group, grid.scale, grid.zero_point * 0)
-    with pytest.raises(ValueError, match="zero point other than"):
-        count_storage(shifted, dense, DENSE, None, symmetric=True)
+    shifted = replace(grid, zero_point=grid.zero_point * 0, number_format=SYMMETRIC)
+    with pytest.raises(ValueError, match="zero point that is not stored"):
+        count_storage(shifted, dense, DENSE, None)
     with pytest.raises(ValueError, match="16 bits, not as"):
         find_layout(grid, dense, DENSE, None, dtype=torch.float32)
     mixed = torch.tensor([2] * 4 + [3] * 4, dtype=torch.uint8)

@@ -3,6 +3,7 @@ import torch
 
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import SHRINK_FACTORS, Grid, fit_grid, scale_groups
+from mi_experiments.method.number_formats import Uniform
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -57,7 +58,7 @@ def test_fit_equals_a_plain_search_of_every_row_and_group(symmetric, clip_search
         weight,
         MIXED_BITS,
         MIXED_GROUPS,
-        symmetric=symmetric,
+        number_format=Uniform(symmetric),
         clip_search=clip_search,
         pruned=pruned,
     )
@@ -99,9 +100,9 @@ def test_clip_search_is_never_worse_in_any_row_and_group(symmetric, bits):
             1,
             group,
             (
-                fit_grid(weight, width, group, symmetric=symmetric, clip_search=clip).quantize(
-                    weight
-                )
+                fit_grid(
+                    weight, width, group, number_format=Uniform(symmetric), clip_search=clip
+                ).quantize(weight)
                 - weight
             ).square(),
         )
@@ -118,7 +119,6 @@ def test_full_range_asymmetric_error_is_at_most_half_a_step():
         weight,
         torch.full((64,), 4, dtype=torch.uint8),
         scale_groups(torch.zeros(64, dtype=torch.int64), 32),
-        symmetric=False,
         clip_search=False,
     )
     step = grid.scale[:, grid.scale_group]
@@ -130,7 +130,9 @@ def test_full_range_asymmetric_error_is_at_most_half_a_step():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_quantize_picks_the_nearest_of_at_most_two_to_the_bits_levels(symmetric):
     weight = normal(6, 12)
-    grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, symmetric=symmetric, clip_search=True)
+    grid = fit_grid(
+        weight, MIXED_BITS, MIXED_GROUPS, number_format=Uniform(symmetric), clip_search=True
+    )
     level = grid.quantize(weight)
     for channel, bits in enumerate(MIXED_BITS.tolist()):
         if bits == 16:
@@ -145,7 +147,7 @@ def test_quantize_picks_the_nearest_of_at_most_two_to_the_bits_levels(symmetric)
 
 def test_codes_survive_a_round_trip_and_zero_is_the_zero_point():
     weight = normal(6, 12)
-    grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, symmetric=False, clip_search=True)
+    grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, clip_search=True)
     columns = grid.quantized.nonzero()[:, 0]
     codes = grid.encode(weight[:, columns], columns)
     assert torch.equal(grid.encode(grid.decode(codes, columns), columns), codes)
@@ -157,7 +159,7 @@ def test_codes_survive_a_round_trip_and_zero_is_the_zero_point():
 def test_every_scale_is_a_float16_whatever_the_magnitude():
     weight = normal(8, 12) * 10.0 ** torch.arange(-9, 7, 2)[:, None]
     weight = weight.clamp(-60000, 60000)
-    grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, symmetric=False, clip_search=True)
+    grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, clip_search=True)
     assert torch.equal(grid.scale.half().float(), grid.scale)
     assert (grid.scale > 0).all()
 
@@ -165,7 +167,7 @@ def test_every_scale_is_a_float16_whatever_the_magnitude():
 def test_a_float32_scale_is_that_of_the_range_rounded_once():
     weight = normal(8, 12, dtype=torch.float64)
     bits, one = widths(*[3] * 12), torch.zeros(12, dtype=torch.int32)
-    grid = fit_grid(weight, bits, one, symmetric=False, clip_search=False, scale_bits=32)
+    grid = fit_grid(weight, bits, one, clip_search=False, scale_bits=32)
     span = weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)
     assert torch.equal(grid.scale[:, 0], (span / 7).float().double())
     assert (grid.scale != grid.scale.half()).any()
@@ -175,7 +177,9 @@ def test_all_zero_rows_get_a_harmless_scale():
     weight = normal(3, 12)
     weight[1] = 0
     for symmetric in (False, True):
-        grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, symmetric=symmetric, clip_search=True)
+        grid = fit_grid(
+            weight, MIXED_BITS, MIXED_GROUPS, number_format=Uniform(symmetric), clip_search=True
+        )
         assert (grid.scale[1] == 1).all()
         assert not grid.quantize(weight)[1].any()
 
@@ -185,7 +189,7 @@ def test_pruned_weights_do_not_widen_the_grid():
     weight[:, 0] = 1000
     pruned = torch.zeros(3, 12, dtype=torch.bool)
     pruned[:, 0] = True
-    arguments = {"symmetric": False, "clip_search": True}
+    arguments = {"clip_search": True}
     grid = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, pruned=pruned, **arguments)
     without = fit_grid(weight.masked_fill(pruned, 0), MIXED_BITS, MIXED_GROUPS, **arguments)
     assert torch.equal(grid.scale, without.scale)
@@ -194,7 +198,7 @@ def test_pruned_weights_do_not_widen_the_grid():
 
 def test_the_result_does_not_depend_on_the_chunks(monkeypatch):
     weight = normal(50, 12)
-    arguments = {"symmetric": False, "clip_search": True}
+    arguments = {"clip_search": True}
     whole = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, **arguments)
     monkeypatch.setattr("mi_experiments.method.grid.CHUNK_ELEMENTS", 700)
     parts = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, **arguments)
@@ -218,7 +222,7 @@ def test_memory_of_the_search_is_bounded():
     weight, width = normal(4096, 64), torch.full((64,), 4, dtype=torch.uint8)
     group = scale_groups(torch.zeros(64, dtype=torch.int64), 32)
     with Largest() as largest:
-        fit_grid(weight, width, group, symmetric=False, clip_search=True)
+        fit_grid(weight, width, group, clip_search=True)
     assert largest.elements <= 2**20
 
 
@@ -227,25 +231,25 @@ def test_weights_that_are_not_finite_are_counted(value):
     weight = normal(3, 12)
     weight[1, 2] = weight[2, 2] = value
     with pytest.raises(NumericalError, match="2 of 36 weights are not finite"):
-        fit_grid(weight, MIXED_BITS, MIXED_GROUPS, symmetric=False, clip_search=False)
+        fit_grid(weight, MIXED_BITS, MIXED_GROUPS, clip_search=False)
 
 
 def test_scales_beyond_float16_are_refused():
     with pytest.raises(NumericalError, match="beyond float16"):
-        fit_grid(normal(3, 12) * 1e7, MIXED_BITS, MIXED_GROUPS, symmetric=False, clip_search=True)
+        fit_grid(normal(3, 12) * 1e7, MIXED_BITS, MIXED_GROUPS, clip_search=True)
 
 
 def test_bfloat16_weights_are_fitted_in_float32():
     weight = normal(4, 12).bfloat16()
-    half = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, symmetric=False, clip_search=True)
-    full = fit_grid(weight.float(), MIXED_BITS, MIXED_GROUPS, symmetric=False, clip_search=True)
+    half = fit_grid(weight, MIXED_BITS, MIXED_GROUPS, clip_search=True)
+    full = fit_grid(weight.float(), MIXED_BITS, MIXED_GROUPS, clip_search=True)
     assert torch.equal(half.scale, full.scale)
 
 
 def test_mixed_widths_in_a_scale_group_are_refused():
     group = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match="different bits"):
-        fit_grid(normal(2, 4), widths(2, 2, 3, 2), group, symmetric=False, clip_search=False)
+        fit_grid(normal(2, 4), widths(2, 2, 3, 2), group, clip_search=False)
     with pytest.raises(ValueError, match="different bits"):
         Grid(widths(2, 3, 2, 2), group, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
 
@@ -254,13 +258,13 @@ def test_mixed_widths_in_a_scale_group_are_refused():
 def test_impossible_widths_are_refused(bits):
     group = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"not \\[{bits}\\]"):
-        fit_grid(normal(2, 2), widths(bits, bits), group, symmetric=False, clip_search=False)
+        fit_grid(normal(2, 2), widths(bits, bits), group, clip_search=False)
 
 
 def test_a_label_without_channels_is_refused():
     group = torch.tensor([0, 0, 2, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="1 of 3 scale groups have no channel"):
-        fit_grid(normal(2, 4), widths(2, 2, 2, 2), group, symmetric=False, clip_search=False)
+        fit_grid(normal(2, 4), widths(2, 2, 2, 2), group, clip_search=False)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def make_grid(weight, widths, group_size=4):
     kind = torch.arange(weight.shape[1]) * 7 % 11 % len(widths)
     bits = torch.tensor(widths, dtype=torch.uint8)[kind]
     groups = scale_groups(kind, group_size)
-    return fit_grid(weight, bits, groups, symmetric=False, clip_search=False)
+    return fit_grid(weight, bits, groups, clip_search=False)
 
 
 def make_problem(widths=(3, 4), sparsity=DENSE, seed=0, dtype=torch.float64):
@@ -142,7 +142,7 @@ def one_group(bits=3, seed=0):
     target, hessian = normal(ROWS, 9, seed=seed), make_hessian(9, seed)
     widths = torch.full((9,), bits, dtype=torch.uint8)
     group = torch.zeros(9, dtype=torch.int32)
-    grid = fit_grid(target, widths, group, symmetric=False, clip_search=False)
+    grid = fit_grid(target, widths, group, clip_search=False)
     grid = replace(grid, scale=(grid.scale * 0.7).half().double())
     return as_swept(target, grid), grid, target, hessian
 

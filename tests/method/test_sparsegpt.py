@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mi_experiments.errors import NumericalError
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor
+from mi_experiments.method.number_formats import Uniform
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.method.sparsegpt import sweep
 
@@ -52,7 +53,7 @@ def make_grid(weight, widths=(4,), *, symmetric=False, group_size=5):
     kind = torch.arange(weight.shape[1]) * 7 % 11 % len(widths)
     bits = torch.tensor(widths, dtype=torch.uint8)[kind]
     groups = scale_groups(kind, group_size)
-    return fit_grid(weight, bits, groups, symmetric=symmetric, clip_search=True)
+    return fit_grid(weight, bits, groups, number_format=Uniform(symmetric), clip_search=True)
 
 
 def round_channel(value, grid, channel):
@@ -69,7 +70,7 @@ def choose(saliency, sparsity, channels):
     """The exact number of smallest saliencies, element by element."""
     rows, width = saliency.shape
     pruned = torch.zeros(rows, width, dtype=torch.bool)
-    if sparsity.is_structured:
+    if sparsity.m:
         for window in set((channels // sparsity.m).tolist()):
             inside = ((channels // sparsity.m) == window).nonzero()[:, 0].tolist()
             for row in range(rows):

@@ -7,7 +7,7 @@ import torch
 from composed import config_of
 
 from mi_experiments.method.allocation import allocate_kept
-from mi_experiments.method.pruning import keep_parts, possible_parts
+from mi_experiments.method.pruning_costs import keep_parts, possible_parts
 from mi_experiments.planning.budgets import allocate_pruning, allocate_widths
 from mi_experiments.planning.costs import GroupCosts
 from mi_experiments.planning.site_costs import LinearCosts

@@ -16,7 +16,8 @@ from mi_experiments.errors import AuditError, InputError
 from mi_experiments.llm.walker import Walker
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator, factorize
-from mi_experiments.method.pruning import Sparsity, possible_parts
+from mi_experiments.method.pruning import Sparsity
+from mi_experiments.method.pruning_costs import possible_parts
 from mi_experiments.persistence.atomic import save_atomically
 from mi_experiments.planning.costs import measure_group_costs, measure_pruning_costs
 from mi_experiments.planning.plan import Plan, plan_compression
@@ -56,7 +57,7 @@ def test_prices_are_those_of_a_plain_loop(
     for place, width in enumerate((2, 4)):
         bits = torch.full((COLUMNS,), width, dtype=torch.uint8)
         grid = fit_grid(
-            weight, bits, scale_groups(group, None), symmetric=False, clip_search=True,
+            weight, bits, scale_groups(group, None), clip_search=True,
             pruned=pruned,
         )  # fmt: skip
         error = (grid.quantize(weight) - weight).double()
