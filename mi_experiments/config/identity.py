@@ -35,6 +35,10 @@ INCIDENTAL = (
 """Parts of the config that move no number."""
 
 
+ADDED = {"evaluation.measurements": ["perplexity"]}
+"""Keys that came later, and the value under which a run is what it was before: no name has it."""
+
+
 HASH = 10
 """Hexadecimal digits of a hash, at the end of a name."""
 
@@ -166,7 +170,7 @@ def without_incidental(config: Mapping[str, Any], path: str = "") -> dict[str, A
     return {
         key: without_incidental(part, f"{path}{key}.") if isinstance(part, Mapping) else part
         for key, part in config.items()
-        if path + key not in INCIDENTAL
+        if path + key not in INCIDENTAL and (path + key not in ADDED or part != ADDED[path + key])
     }
 
 

@@ -1,12 +1,11 @@
-"""Logits and losses of the model's own head, without holding all of them."""
+"""Logits of the model's own head, and what is measured on them, without holding all of them."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from mi_experiments.errors import InputError
@@ -82,23 +81,16 @@ def check_tail(
         )
 
 
-def _cross_entropy(
-    logits: Float[Tensor, "tokens vocabulary"], targets: Int64[Tensor, "tokens"]
-) -> Float[Tensor, "tokens"]:
-    """Return the nats of each target, in float32 or better: half precision would round them."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, targets.to(logits.device), reduction="none")
-
-
-def measure_token_nll(
+def measure_tokens(
     model: PreTrainedModel,
     modules: nn.ModuleList,
     form: BlockOutput,
     hidden: Float[Tensor, "tokens hidden"],
     window: Int64[Tensor, "tokens"],
     logits_chunk: int,
-) -> Float64[Tensor, "predicted"]:
-    """Measure the nats that each token after the first costs given those before it.
+    measures: Sequence[Callable[[Tensor, Tensor], Tensor]],
+) -> Float64[Tensor, "measures predicted"]:
+    """Measure the prediction of each token after the first given those before it.
 
     Args:
         model: the model in evaluation mode; the caller decides about gradients.
@@ -107,16 +99,18 @@ def measure_token_nll(
         hidden: what the last block returned for the window.
         window: token ids, on the same device.
         logits_chunk: tokens whose logits exist at one time.
+        measures: each takes logits and the tokens that came, and returns a number a token.
     """
     inputs, targets = hidden[:-1], window[1:]
-    nll = torch.empty(len(targets), dtype=torch.float64, device=window.device)
+    measured = torch.empty(len(measures), len(targets), dtype=torch.float64, device=window.device)
     for start in range(0, len(targets), logits_chunk):
         chunk = slice(start, start + logits_chunk)
-        # The logits have no name here, so that they are gone before the next ones are computed.
-        nll[chunk] = _cross_entropy(
-            compute_logits(model, modules, form, inputs[chunk]), targets[chunk]
-        )
-    return nll
+        logits = compute_logits(model, modules, form, inputs[chunk])
+        for row, measure in zip(measured, measures, strict=True):
+            row[chunk] = measure(logits, targets[chunk])
+        # They are gone before the next ones are computed.
+        del logits
+    return measured
 
 
 def open_wave(
