@@ -16,14 +16,14 @@ from mi_experiments.comparison.formats import draw, write_table
 from mi_experiments.comparison.identity import kept_apart, mixtures
 from mi_experiments.comparison.inert import visible
 from mi_experiments.comparison.run_table import (
-    AVERAGED,
     COUNT,
     INTERVAL,
-    RESULTS,
-    SYNONYMS,
+    averaged_columns,
     find_column,
     read_runs,
+    result_columns,
     show_value,
+    synonyms,
     varying,
 )
 from mi_experiments.comparison.statistics import (
@@ -54,9 +54,10 @@ examples:
   mi-compare sweeps --over seed --html sweeps.html      one page: plots, layers, sortable table
 
 columns: the settings by config key (wbits.average) or short name (wbits); dense and compressed
-perplexity; excess = compressed - dense negative log-likelihood, nats per token; average_bits and
-effective_bits per weight; seconds; peak_memory in bytes. Averaged columns have NAME_ci95 (half the
-width of the interval) and NAME_n (samples) beside them.
+perplexity, and dense_NAME and compressed_NAME of what else was measured; excess = compressed -
+dense negative log-likelihood, nats per token; average_bits and effective_bits per weight; seconds;
+peak_memory in bytes. Averaged columns have NAME_ci95 (half the width of the interval) and NAME_n
+(samples) beside them.
 
 A record that cannot be read is a note and left out; a run whose files contradict each other is
 `inconsistent`, with no number. Runs of other model files, texts or numerics are never one mean.
@@ -175,7 +176,7 @@ def make_table(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame,
     means = sort_rows(average_over(runs, options.over), options.sort)
     notes += mixtures(runs, joined_by_means(runs, options.over), "--over: a mean")
     # The runs have no column for what an average adds: `runs`, `excess_ci95`.
-    of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *SYNONYMS}]
+    of_runs = [key for key in options.sort if key.removeprefix("-") in {*runs, *synonyms(runs)}]
     return sort_rows(runs, of_runs), means, notes
 
 
@@ -290,7 +291,7 @@ def choose_columns(frame: pd.DataFrame, asked: Sequence[str], form: str) -> list
         # In a table the errors are lines below it.
         shown += ["status"] if form == "table" else ["status", "error"]
     shown += [*varying(frame), "runs"]
-    results = AVERAGED if "runs" in frame else RESULTS
+    results = averaged_columns(frame) if "runs" in frame else result_columns(frame)
     shown += [name + part for name in results for part in ("", INTERVAL, COUNT)]
     return [name for name in shown if name in frame]
 

@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -40,6 +40,9 @@ from mi_experiments.sweeps.launch import describe_failure
 from mi_experiments.sweeps.launchers import leave, stop_signals, threads_of
 from mi_experiments.sweeps.outcomes import JobEnd
 from mi_experiments.sweeps.run_sweep import run_sweep
+
+if TYPE_CHECKING:
+    from mi_experiments.records.result import Result
 
 STOP = StopRequest()
 """Asked of the process, and so of every job of a sweep."""
@@ -78,7 +81,7 @@ def prepare_process() -> None:
 
 @hydra.main(version_base="1.3", config_path=conf_directory(), config_name="config")
 def compose(composed: DictConfig) -> float | None:
-    """Do the run that Hydra composed; returns the compressed perplexity of the first text."""
+    """Do the run that Hydra composed; returns what a sweeper looks for, see `objective`."""
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     multirun = hydra_config.mode is RunMode.MULTIRUN
@@ -145,7 +148,7 @@ def do_run(
             line = f"{run_dir} is complete; remove it to run again"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
             print_result(finished, run_dir, sweep_dir, [], console)
-            return next(iter(finished.compressed.values())).perplexity
+            return objective(finished)
         begun = read_manifest(run_dir)
         if begun is None:
             save_composition(composed, run_dir)
@@ -156,7 +159,13 @@ def do_run(
             result = run_experiment(config, run_dir, tracker, Progress(), STOP)
         notes = [note for note in [tracker.fallback, *tracker.commands()] if note]
         print_result(result, run_dir, sweep_dir, notes, console)
-    return next(iter(result.compressed.values())).perplexity
+    return objective(result)
+
+
+def objective(result: "Result") -> float:
+    """Return the compressed model's first measurement on the first text."""
+    first = next(iter(result.compressed.values()))
+    return next(iter(first.measurements.values())).value
 
 
 def open_console() -> Console:

@@ -11,10 +11,11 @@ from rich.text import Text
 from mi_experiments.comparison.inert import visible
 from mi_experiments.config.config import Config
 from mi_experiments.config.secrets import scrub
+from mi_experiments.evaluation.measurements import PERPLEXITY
 from mi_experiments.experiment.dry_run import Outline
 from mi_experiments.experiment.memory_plan import MemoryPlan, show
 from mi_experiments.records.linears import LINEARS
-from mi_experiments.records.result import RESULT, Evaluation, Result
+from mi_experiments.records.result import RESULT, Result, by_name
 
 
 def print_result(
@@ -24,8 +25,9 @@ def print_result(
     notes: Sequence[str],
     console: Console,
 ) -> None:
-    """Print what a run gave: perplexities, bits, sparsity, time, and where the records lie."""
-    console.print(perplexity_table(result))
+    """Print what a run gave: what was measured, bits, sparsity, time, and where records lie."""
+    for name in by_name(result.dense):
+        console.print(measurement_table(result, name))
     console.print(budget_table(result))
     lines = [("records", str(run_dir)), ("", f"{RESULT}  {LINEARS}  run.log  .hydra/")]
     if sweep_dir is not None:
@@ -35,32 +37,32 @@ def print_result(
         console.print(visible(f"{title:<8} {line}"), soft_wrap=True, highlight=False, markup=False)
 
 
-def perplexity_table(result: Result) -> Table:
-    """Return dense and compressed perplexity by text."""
-    table = Table(title="perplexity", title_justify="left")
-    floors = any(evaluation.floor for evaluation in result.dense.values())
+def measurement_table(result: Result, measurement: str) -> Table:
+    """Return what was measured of the dense and the compressed model, by text."""
+    table = Table(title=measurement, title_justify="left")
+    floors = measurement == PERPLEXITY and any(text.floor for text in result.dense.values())
     for heading in ("text", "windows", "tokens", "dense", "compressed", "change"):
         table.add_column(heading, justify="left" if heading == "text" else "right")
     if floors:
         table.add_column("floor", justify="right")
     for name, dense in result.dense.items():
-        compressed = result.compressed[name]
+        before = dense.measurements[measurement].value
+        after = result.compressed[name].measurements[measurement].value
         cells: list[str | Text] = [
             Text(visible(name)),
             f"{dense.count} {dense.windows}",
             f"{dense.tokens:,}",
-            show_perplexity(dense),
-            show_perplexity(compressed),
-            f"{compressed.perplexity / dense.perplexity - 1:+.2%}",
+            show_value(before),
+            show_value(after),
+            f"{after / before - 1:+.2%}" if before else "",
         ]
         table.add_row(*cells, *([f"{dense.floor:.4f}" if dense.floor else ""] if floors else []))
     return table
 
 
-def show_perplexity(evaluation: Evaluation) -> str:
-    """Format a perplexity."""
-    value = evaluation.perplexity
-    return f"{value:.4f}" if value < 1000 else f"{value:.4g}"
+def show_value(value: float) -> str:
+    """Format what was measured."""
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:.4g}"
 
 
 def budget_table(result: Result) -> Table:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mi_experiments.comparison.inert import escape_markdown, escape_spreadsheet, visible
-from mi_experiments.comparison.run_table import COUNT, INTERVAL, RESULTS, show_value
+from mi_experiments.comparison.run_table import COUNT, INTERVAL, is_result, show_value
 
 UNFOLDED = 10_000
 """A width, in characters, that no table reaches: files and pipes get their rows in one line."""
@@ -31,7 +31,7 @@ def write_table(
         notes: lines below a `table`; no other format has a place for them.
     """
     if digits is not None:
-        frame = frame.round({name: digits for name in frame if is_result(name)})
+        frame = frame.round({name: digits for name in frame if is_number(name)})
     text: str
     match form:
         case "parquet":
@@ -74,9 +74,9 @@ def for_spreadsheet(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(inert).rename(columns=escape_spreadsheet)
 
 
-def is_result(name: str) -> bool:
+def is_number(name: str) -> bool:
     """Tell whether a column holds measured numbers: also one of a pivot, `wbits=3`."""
-    return name in RESULTS or "=" in name or name.endswith(INTERVAL)
+    return is_result(name) or "=" in name or name.endswith(INTERVAL)
 
 
 def draw(frame: pd.DataFrame, digits: int | None, notes: Sequence[str], console: Console) -> None:
@@ -85,7 +85,7 @@ def draw(frame: pd.DataFrame, digits: int | None, notes: Sequence[str], console:
     shown = for_people(frame, 4 if digits is None else digits, units=True)
     for name in shown:
         numeric = pd.api.types.is_numeric_dtype(frame[name])
-        heading = name.replace("_", "\n") if name in RESULTS else visible(name)
+        heading = name.replace("_", "\n") if is_result(name) else visible(name)
         table.add_column(Text(heading), justify="right" if numeric else "left", overflow="fold")
     for row in shown.itertuples(index=False, name=None):
         table.add_row(*(Text(visible(cell)) for cell in row))
@@ -130,7 +130,7 @@ def is_part(frame: pd.DataFrame, name: str, suffix: str) -> bool:
 
 def writer(name: str, column: pd.Series, digits: int | None, units: bool) -> Callable[[Any], str]:
     """Return what writes the cells of a column."""
-    result = is_result(name)
+    result = is_number(name)
 
     def write(cell: Any) -> str:
         if pd.isna(cell):

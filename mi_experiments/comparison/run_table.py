@@ -25,6 +25,7 @@ from mi_experiments.comparison.identity import (
 )
 from mi_experiments.config.renames import KEYS
 from mi_experiments.errors import InputError
+from mi_experiments.evaluation.measurements import PERPLEXITY
 from mi_experiments.persistence.plain_json import BrokenRecord
 from mi_experiments.records.record_check import check_result
 from mi_experiments.records.result import RESULT, Result, read_result
@@ -44,21 +45,23 @@ SHORT = {
 }
 """Columns of the settings that are named most, by config key; every other key is its own column."""
 
-SYNONYMS = SHORT | {"perplexity": "compressed"}
-"""Other names of columns."""
-
 DOTTED = {short: key for key, short in SHORT.items()}
 RESULTS = ("realised_sparsity", "average_bits", "effective_bits", "dense", "compressed", "excess",
            "difference", "seconds", "peak_memory")  # fmt: skip
 AVERAGED = ("average_bits", "effective_bits", "compressed", "excess", "difference", "seconds")
 INTERVAL, COUNT = "_ci95", "_n"
+MEASURED = re.compile(r"(dense|compressed|difference)_(\w+)")
+"""Columns of measurements beside the perplexity: `dense_NAME`, `compressed_NAME`, …"""
+
 INCONSISTENT = "inconsistent"
 """Status of a completed run whose files contradict each other: none of its numbers is shown."""
 
 NO_SETTING = {"run", "status", "error", "runs", *RESULTS, *MACHINE} | {
     f"{name}{suffix}" for name in AVERAGED for suffix in (INTERVAL, COUNT)
 }
-BOOKKEEPING = re.compile(r"tracking\..*|expected(\..*)?|export|reuse|dry_run")
+BOOKKEEPING = re.compile(
+    r"tracking\..*|expected(\..*)?|export|reuse|dry_run|evaluation\.measurements"
+)
 """Keys that cannot move a number: runs that differ in nothing else are alike."""
 
 
@@ -66,7 +69,8 @@ def read_runs(paths: Sequence[Path], left_out: list[str] | None = None) -> pd.Da
     """Read every run at or below the paths, a row for each of its evaluation texts.
 
     Columns: `dense` and `compressed` are perplexities, `excess` is the compressed model's mean
-    negative log-likelihood above the dense one's, nats per token; `average_bits` and
+    negative log-likelihood above the dense one's, nats per token; any other measurement is in
+    `dense_NAME` and `compressed_NAME`; `average_bits` and
     `effective_bits` are per weight; `seconds` is the sum over all phases and `peak_memory` the
     larger of host and accelerator, bytes. What a record does not have is missing (NaN). A run whose
     files contradict each other has the status `inconsistent`, no number, and as its error what is
@@ -112,11 +116,8 @@ def read_rows_of(directory: Path, name: str) -> list[dict[str, Any]]:
     result = read_result(directory)
     rows = run_rows(name, result)
     if contradictions := check_result(result, directory):
-        number = {key: math.nan for key in RESULTS if key != "difference"}
-        rows = [
-            row | number | {"status": INCONSISTENT, "error": "; ".join(contradictions)}
-            for row in rows
-        ]
+        wrong = {"status": INCONSISTENT, "error": "; ".join(contradictions)}
+        rows = [row | {key: math.nan for key in row if is_result(key)} | wrong for row in rows]
     return rows
 
 
@@ -168,6 +169,12 @@ def run_rows(name: str, result: Result) -> list[dict[str, Any]]:
     rows = []
     for text in dict.fromkeys([*asked, *result.dense, *result.compressed]) or [None]:
         dense, compressed = result.dense.get(text or ""), result.compressed.get(text or "")
+        numbers = {
+            column_of(phase, measured): number
+            for phase, evaluation in (("dense", dense), ("compressed", compressed))
+            for measured, number in (evaluation.measurements if evaluation else {}).items()
+        }
+        before, after = numbers.get("dense"), numbers.get("compressed")
         settings = {
             SHORT.get(key, key): value
             for key, value in config.items()
@@ -176,13 +183,44 @@ def run_rows(name: str, result: Result) -> list[dict[str, Any]]:
         }
         results = {
             "text": missing(text),
-            "dense": dense.perplexity if dense else math.nan,
-            "compressed": compressed.perplexity if compressed else math.nan,
-            "excess": compressed.nll - dense.nll if dense and compressed else math.nan,
+            "dense": math.nan,
+            "compressed": math.nan,
+            "excess": after.mean - before.mean if before and after else math.nan,
             "tokens_sha256": dense.tokens_sha256 if dense else math.nan,
-        }
+        } | {column: number.value for column, number in numbers.items()}
         rows.append(settings | run | results)
     return rows
+
+
+def column_of(phase: str, measurement: str) -> str:
+    """Return the column of a measurement: `dense_NAME`, and `dense` for the perplexity."""
+    return phase if measurement == PERPLEXITY else f"{phase}_{measurement}"
+
+
+def is_result(name: str) -> bool:
+    """Tell whether a column is a number that a run gave."""
+    return name in RESULTS or MEASURED.fullmatch(name) is not None
+
+
+def measured_columns(frame: pd.DataFrame, *phases: str) -> list[str]:
+    """Return the columns of measurements beside the perplexity, of some phases or all."""
+    found = [(name, MEASURED.fullmatch(name)) for name in frame]
+    return [
+        name
+        for name, match in found
+        if match and not name.endswith((INTERVAL, COUNT)) and (not phases or match[1] in phases)
+    ]
+
+
+def result_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the columns of results, those of measurements after the perplexity's."""
+    return [*RESULTS[:-2], *measured_columns(frame), *RESULTS[-2:]]
+
+
+def averaged_columns(frame: pd.DataFrame) -> list[str]:
+    """Return the columns that are averaged over runs."""
+    measured = measured_columns(frame, "compressed", "difference")
+    return [*AVERAGED[:-1], *measured, *AVERAGED[-1:]]
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -205,33 +243,47 @@ def belongs(key: str, text: object) -> bool:
 
 
 def find_column(frame: pd.DataFrame, name: str) -> str:
-    """Return the column of a name: its own, a config key, or `perplexity`.
+    """Return the column of a name: its own, a config key, or a measurement (`perplexity`).
 
     Raises:
         InputError: there is none.
     """
-    column = SYNONYMS.get(name, name)
+    known = synonyms(frame)
+    column = known.get(name, name)
     if column in frame:
         return column
     if column in KEYS:
         raise InputError(f"column {column} is called {KEYS[column]} now")
-    near = difflib.get_close_matches(name, [*frame.columns, *SYNONYMS], n=1)
+    near = difflib.get_close_matches(name, [*frame.columns, *known], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     some = ", ".join(frame.columns[:20])
     raise InputError(f"unknown column {name}{hint} (text needs quotes; columns: {some}, …)")
 
 
+def synonyms(frame: pd.DataFrame) -> dict[str, str]:
+    """Return other names of columns; a measurement is that of the compressed model."""
+    measured = measured_columns(frame, "compressed")
+    others = {name.removeprefix("compressed_"): name for name in measured}
+    return SHORT | {PERPLEXITY: "compressed"} | others
+
+
 def find_settings(frame: pd.DataFrame, names: Iterable[str], option: str) -> list[str]:
     """Return the columns of settings by name; results are refused."""
     columns = [find_column(frame, name) for name in names]
-    for column in set(columns) & NO_SETTING:
-        raise InputError(f"{option} {column} is not allowed: it is no setting of the runs")
+    for column in columns:
+        if not is_setting(column):
+            raise InputError(f"{option} {column} is not allowed: it is no setting of the runs")
     return columns
 
 
 def settings(frame: pd.DataFrame) -> list[str]:
     """Return the columns of settings."""
-    return [name for name in frame if name not in NO_SETTING]
+    return [name for name in frame if is_setting(name)]
+
+
+def is_setting(name: str) -> bool:
+    """Tell whether a column is a setting, or what tells runs apart as one does."""
+    return name not in NO_SETTING and not is_result(name)
 
 
 def varying(frame: pd.DataFrame) -> list[str]:

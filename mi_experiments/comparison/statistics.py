@@ -13,12 +13,13 @@ import pandas as pd
 
 from mi_experiments.comparison.identity import PROVENANCE, tell_models_apart
 from mi_experiments.comparison.run_table import (
-    AVERAGED,
     COUNT,
     INTERVAL,
+    averaged_columns,
     cells,
     find_column,
     find_settings,
+    measured_columns,
     settings,
     show_value,
     stands_for,
@@ -30,8 +31,9 @@ from mi_experiments.errors import InputError
 def add_difference(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Add `difference`: excess minus that of the baseline which agrees in everything else.
 
-    Only completed runs are paired. A baseline differs from itself by 0; a run without a partner
-    has no difference.
+    Of any other measurement, `difference_NAME` is that of the compressed models' values. Only
+    completed runs are paired. A baseline differs from itself by 0; a run without a partner has no
+    difference.
 
     Args:
         frame: rows of `read_runs`.
@@ -39,14 +41,19 @@ def add_difference(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
             (`recipe`, `model`) stands for all keys of its group.
 
     Returns:
-        The table with one more column, nats per token.
+        The table with one more column, nats per token, and one for each other measurement.
 
     Raises:
         InputError: an unknown key or value, two baselines for one run, or no pair at all.
     """
     wanted = dict(part.partition("=")[::2] for part in split_baseline(baseline))
     columns = find_settings(frame, wanted, "--baseline")
-    completed = (frame["status"] == "completed") & frame["excess"].notna()
+    measured = {"difference": "excess"} | {
+        name.replace("compressed", "difference", 1): name
+        for name in measured_columns(frame, "compressed")
+    }
+    known = frame[list(measured.values())].notna().any(axis=1)
+    completed = (frame["status"] == "completed") & known
     chosen = completed.copy()
     for column, value in zip(columns, wanted.values(), strict=True):
         holds = frame[column].map(lambda cell, value=value: spells(value, cell))
@@ -69,11 +76,14 @@ def add_difference(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         raise InputError(
             f"--baseline {baseline}: {explain_no_pair(frame, keys, completed, chosen)}"
         )
-    excess = [
-        frame["excess"][row] - frame["excess"][partners[agreeing[row]]] if paired[row] else math.nan
-        for row in frame.index
-    ]
-    return frame.assign(difference=excess)
+    differences = {
+        column: [
+            frame[name][row] - frame[name][partners[agreeing[row]]] if paired[row] else math.nan
+            for row in frame.index
+        ]
+        for column, name in measured.items()
+    }
+    return frame.assign(**differences)
 
 
 def split_baseline(baseline: str) -> list[str]:
@@ -118,7 +128,7 @@ def average_over(frame: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         names: settings to average over; their copies go with them.
 
     Returns:
-        A row a group: its settings, `runs`, and of each column of `AVERAGED` the mean, half the
+        A row a group: its settings, `runs`, and of each of `averaged_columns` the mean, half the
         width of its 95 % interval (`_ci95`, missing for one sample) and the number of samples
         (`_n`).
 
@@ -185,7 +195,7 @@ def refuse_repeats(group: pd.DataFrame, over: list[str]) -> None:
 def averages(group: pd.DataFrame) -> dict[str, Any]:
     """Return the number of rows, and mean, interval and count of what is averaged."""
     row: dict[str, Any] = {"runs": len(group)}
-    for name in AVERAGED:
+    for name in averaged_columns(group):
         if name in group:
             values = group[name].dropna()
             row[name] = values.mean()

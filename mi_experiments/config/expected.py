@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Annotated
 
-from annotated_types import Ge, Interval
+from annotated_types import Gt, Interval
 
 from mi_experiments.config.fields import About
 from mi_experiments.errors import require
@@ -20,18 +20,21 @@ class Evidence(Enum):
 
 
 class Comparison(Enum):
-    """`within`: the tolerance on both sides; `at_most`: a bar to beat, of another method."""
+    """`within`: the tolerance on both sides; `at_most`: a bar to beat, of another method.
+
+    Of a measurement of which more is better, the bar is beaten from above.
+    """
 
     within = "within"
     at_most = "at_most"
 
 
-Perplexity = Annotated[float, Ge(1), About(allowed="a perplexity, at least 1")]
+Value = Annotated[float, Gt(0), About(allowed="a number above 0")]
 
 
 @dataclass
 class NumbersConfig:
-    """Perplexities of one model, dense or compressed, by evaluation text."""
+    """Numbers of one model, dense or compressed, by evaluation text."""
 
     where: Annotated[str, About("the table or file of the source")]
     evidence: Annotated[Evidence, About("how the numbers are known")]
@@ -40,7 +43,9 @@ class NumbersConfig:
         float, Interval(ge=0, lt=1), About("a share of the value", allowed="at least 0 and below 1")
     ]
     because: Annotated[str, About("the reason for the tolerance")]
-    values: Annotated[dict[str, Perplexity], About("perplexities, by evaluation text")]
+    values: Annotated[
+        dict[str, Value], About("perplexities by TEXT, and other measurements by TEXT/NAME")
+    ]
 
     def __post_init__(self) -> None:
         """Check what the fields say of each other."""

@@ -24,12 +24,23 @@ VALUES = {
 }
 """Values of a key, to their names now."""
 
-ADDED = {"wbits.grid": "uniform", "sparsity.pattern": None}
+ADDED: dict[str, Any] = {
+    "evaluation.measurements": ["perplexity"],
+    "sparsity.pattern": None,
+    "wbits.grid": "uniform",
+}
 """Keys that earlier versions had not, with what every run of theirs did. A key with that value is
 no part of a run's identity, so that older runs keep theirs."""
 
 FIELDS = {"reused": "from_cache"}
 """Fields of a record, to their names now."""
+
+
+PHASES = ("dense", "compressed")
+"""Fields of a record that hold what was measured, by text."""
+
+PERPLEXITY = {"value": "perplexity", "mean": "nll", "standard_error": "standard_error"}
+"""Fields of the measured perplexity, to the names that they had in the record of a text."""
 
 
 def refuse_old_names(config: Mapping[str, Any]) -> None:
@@ -68,6 +79,9 @@ def record_with_new_names(record: Any) -> dict[str, Any]:
     if not isinstance(record, Mapping) or not isinstance(record.get("config"), Mapping):
         raise TypeError("there is no config in it")
     renamed = {str(FIELDS.get(name, name)): value for name, value in record.items()}
+    for phase in PHASES:
+        if isinstance(texts := renamed.get(phase), Mapping):
+            renamed[phase] = {name: text_with_measurements(text) for name, text in texts.items()}
     return renamed | {"config": with_added(with_new_names(renamed["config"]))}
 
 
@@ -79,6 +93,25 @@ def with_added(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(filled.get(group), Mapping):
             filled[group] = {key: value} | dict(filled[group])
     return filled
+
+
+def text_with_measurements(text: Any) -> Any:
+    """Return the record of a text with measurements; it was once of its perplexity alone."""
+    if not isinstance(text, Mapping) or "measurements" in text:
+        return text
+    rest = dict(text)
+    moved = {now: rest.pop(before) for now, before in PERPLEXITY.items() if before in rest}
+    perplexity = moved | {"unit": "nats per token", "lower_is_better": True}
+    return rest | {"measurements": {"perplexity": perplexity}}
+
+
+def text_without_measurements(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a text as it was when it had its perplexity alone, with all others."""
+    others = dict(text["measurements"])
+    perplexity = others.pop("perplexity", {})
+    moved = {before: perplexity[now] for now, before in PERPLEXITY.items() if perplexity}
+    rest = {name: value for name, value in text.items() if name != "measurements"}
+    return rest | moved | ({"measurements": others} if others else {})
 
 
 def walk(config: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from annotated_types import Ge, Interval, Len, Predicate
 
 from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.errors import require
+from mi_experiments.evaluation.measurements import MEASUREMENTS
 
 
 class OnNonfinite(Enum):
@@ -63,6 +64,8 @@ SEPARATOR = Predicate(lambda text: "\\" not in text)
 """Refuses a line break that arrives as a backslash and a letter, as most quotes leave it."""
 
 NO_BACKSLASH = "text without a backslash; a shell writes a line break as $'\"\\n\"'"
+
+KNOWN = "a list of " + ", ".join(MEASUREMENTS)
 
 Files = Annotated[list[str], Len(1), About(allowed="at least one file")]
 
@@ -154,11 +157,17 @@ class CorpusConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Perplexity protocol: which texts, cut how."""
+    """Evaluation protocol: which texts, cut how, and what is measured on them."""
 
     protocol: Annotated[str, About("its name, recorded with every number")]
     datasets: Annotated[
         dict[str, CorpusConfig], Len(1), About("the texts, by name", allowed="at least one text")
+    ]
+    measurements: Annotated[
+        list[str],
+        Len(1),
+        Predicate(lambda names: all(name in MEASUREMENTS for name in names)),
+        About("what is measured, in one pass; the first is what sweeps look for", allowed=KNOWN),
     ]
     batch_tokens: Annotated[int, Ge(1), About("tokens in one forward pass", unit="token")]
     logits_chunk: Annotated[int, Ge(1), About("tokens whose logits exist at a time", unit="token")]

@@ -1,7 +1,7 @@
 """How far a compressed model is from the dense one: KL divergence of their predictions, per token.
 
 Both models share all but their blocks. The text goes through both block by block, side by side, as
-in `perplexity`, and their logits exist for a chunk of tokens at a time.
+in `measure_text`, and their logits exist for a chunk of tokens at a time.
 """
 
 import math
@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mi_experiments.errors import NumericalError
-from mi_experiments.evaluation.perplexity import average
+from mi_experiments.evaluation.measurements import average
 from mi_experiments.llm.calls import BlockOutput
 from mi_experiments.llm.logits import (
     PROBE_TOKENS,

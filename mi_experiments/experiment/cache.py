@@ -1,4 +1,4 @@
-"""What jobs share: the dense model's perplexity, Fisher information, and the site costs of a plan.
+"""What jobs share: the dense model's evaluation, Fisher information, and the site costs of a plan.
 
 Jobs of a sweep mostly agree in their model and their texts, and what follows from these alone is
 computed once and read by all others (`persistence.cache`). A key holds everything that can move a
@@ -28,7 +28,7 @@ from mi_experiments.config.compose import to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.identity import NUMERICS_VERSION, without_incidental
 from mi_experiments.config.narrow import narrow
-from mi_experiments.evaluation.perplexity import Perplexity
+from mi_experiments.evaluation.measurements import Measurement
 from mi_experiments.llm.loading import OpenModel
 from mi_experiments.llm.logits import plan_waves
 from mi_experiments.out_of_memory import count_retries
@@ -103,17 +103,19 @@ def processor() -> list[str]:
     return [torch.backends.cpu.get_cpu_capability(), *sorted(names)]
 
 
-def perplexity_key(
+def evaluation_key(
     computed: Mapping[str, Any],
+    measurements: Sequence[str],
     windows: Sequence[Int[Tensor, "_"]],
     batch_tokens: int,
     logits_chunk: int,
     wave_tokens: int,
 ) -> str:
-    """Return the key of the dense model's perplexity on a text.
+    """Return the key of what is measured of the dense model on a text.
 
     Args:
         computed: the value of `computed_by`.
+        measurements: what is measured.
         windows: token ids.
         batch_tokens: tokens in one forward pass.
         logits_chunk: tokens whose logits exist at one time.
@@ -127,7 +129,7 @@ def perplexity_key(
         size = max(1, batch_tokens // len(windows[group[0]]))
         batches += [group[start : start + size] for start in range(0, len(group), size)]
     return content_key({
-        "what": "perplexity",
+        "what": list(measurements),
         "computed": computed,
         "tokens": token_hash(torch.cat(list(windows))),
         "lengths": [len(window) for window in windows],
@@ -184,14 +186,14 @@ class RunCache:
         self.say = say
         self.check = check
 
-    def perplexity(
+    def measured(
         self,
         name: str,
         windows: Sequence[Int[Tensor, "_"]],
         wave_tokens: int,
-        compute: Callable[[], Perplexity],
-    ) -> Perplexity:
-        """Return the dense model's perplexity on a text.
+        compute: Callable[[], dict[str, Measurement]],
+    ) -> dict[str, Measurement]:
+        """Return what is measured of the dense model on a text.
 
         Args:
             name: the name of the text.
@@ -202,16 +204,23 @@ class RunCache:
         if not self.config.cache:
             return compute()
         evaluation = self.config.evaluation
-        key = perplexity_key(
-            self.computed, windows, evaluation.batch_tokens, evaluation.logits_chunk, wave_tokens
+        key = evaluation_key(
+            self.computed,
+            evaluation.measurements,
+            windows,
+            evaluation.batch_tokens,
+            evaluation.logits_chunk,
+            wave_tokens,
         )
         entry = self.entry(key, "evaluate dense", name)
         with entry.lock:
             if entry.found is not None:
-                return Perplexity(**json.loads(entry.found[1]["perplexity"]))
+                found = json.loads(entry.found[1]["measurements"])
+                return {name: Measurement(**number) for name, number in found.items()}
             with count_retries() as retries:
                 measured = compute()
-            content: Content = ({}, {"perplexity": json.dumps(asdict(measured))})
+            plain = {name: asdict(number) for name, number in measured.items()}
+            content: Content = ({}, {"measurements": json.dumps(plain)})
             entry.close(None if retries.count else content)
         return measured
 

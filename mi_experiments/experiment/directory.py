@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mi_experiments.config.config import Config
 from mi_experiments.config.identity import INCIDENTAL, asked_config, without_incidental
+from mi_experiments.config.renames import ADDED
 from mi_experiments.config.secrets import MASK, scrub, scrub_record
 from mi_experiments.config.vetting import read_config, walk
 from mi_experiments.errors import InputError, MiError
@@ -136,6 +137,9 @@ def recall_composition(composed: DictConfig, run_dir: Path, overrides: list[str]
         if not value and key not in INCIDENTAL:
             raise InputError(f"resume={run_dir} goes on with the run's own {key}: leave it out")
         OmegaConf.update(config, key, OmegaConf.select(composed, key), force_add=True)
+    for key, before in ADDED.items():
+        if OmegaConf.select(config, key) is None:
+            OmegaConf.update(config, key, before, force_add=True)
     config.resume = None
     masked = [key for key, value in walk(OmegaConf.to_container(config)) if MASK in str(value)]
     if masked:

@@ -11,7 +11,8 @@ from mi_experiments.calibration.drop_nonfinite import drop_nonfinite
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.compression.totals import totals
 from mi_experiments.config.config import Config
-from mi_experiments.evaluation.perplexity import Perplexity, measure_perplexity
+from mi_experiments.evaluation.measure_text import measure_text
+from mi_experiments.evaluation.measurements import Measurement
 from mi_experiments.experiment.cache import RunCache
 from mi_experiments.experiment.memory_plan import MemoryPlan
 from mi_experiments.experiment.progress import Progress
@@ -24,7 +25,7 @@ from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.plan import Plan, count_steps, plan_compression
 from mi_experiments.records.linears import LINEARS, LinearReport
 from mi_experiments.records.recorder import Recorder
-from mi_experiments.records.result import Evaluation
+from mi_experiments.records.result import Evaluation, read_evaluation
 from mi_experiments.records.tracking import Tracker
 from mi_experiments.texts.sources import EvaluationText
 
@@ -88,7 +89,7 @@ def check_samples(run: Run) -> Run:
 
 
 def evaluate(run: Run, phase: str, walker: Walker) -> None:
-    """Measure the perplexity of the dense or the compressed model on every text, once."""
+    """Measure the dense or the compressed model on every text, once."""
     evaluations: dict[str, Evaluation] = {}
     for index, text in enumerate(run.texts):
         name = evaluation_file(phase, index)
@@ -96,18 +97,18 @@ def evaluate(run: Run, phase: str, walker: Walker) -> None:
         if row is None:
             row = asdict(evaluate_text(run, text, walker, phase))
             run.commits.commit({name: json.dumps(row, indent=1).encode()})
-        evaluations[text.name] = Evaluation(**row)
+        evaluations[text.name] = read_evaluation(row)
         run.tracker.log_evaluation(phase, text.name, evaluations[text.name])
         run.recorder.update(**{phase: dict(evaluations)})
 
 
 def evaluation_file(phase: str, index: int) -> str:
-    """Return where the perplexity on a text is committed."""
+    """Return where what was measured on a text is committed."""
     return f"evaluations/{phase}-{index:03}.json"
 
 
 def evaluate_text(run: Run, text: EvaluationText, walker: Walker, phase: str) -> Evaluation:
-    """Measure the perplexity of a model on one text; of the dense one, if no other job has."""
+    """Measure a model on one text; the dense one, if no other job has."""
     evaluation = run.config.evaluation
     wave_tokens = run.memory.wave_tokens
     waves = len(plan_waves(text.windows, evaluation.batch_tokens, wave_tokens))
@@ -118,35 +119,33 @@ def evaluate_text(run: Run, text: EvaluationText, walker: Walker, phase: str) ->
             advance()
             run.stop.check()
 
-        def measure() -> Perplexity:
-            return measure_perplexity(
+        def measure() -> dict[str, Measurement]:
+            return measure_text(
                 walker,
                 text.windows,
+                evaluation.measurements,
                 batch_tokens=evaluation.batch_tokens,
                 logits_chunk=evaluation.logits_chunk,
                 wave_tokens=wave_tokens,
                 on_block=on_block,
             )
 
-        dense = phase == "dense"
         measured = (
-            run.cache.perplexity(text.name, text.windows, wave_tokens, measure)
-            if dense
+            run.cache.measured(text.name, text.windows, wave_tokens, measure)
+            if phase == "dense"
             else measure()
         )
     return Evaluation(
         protocol=evaluation.protocol,
         windows=text.cut,
         seqlen=text.seqlen,
-        nll=measured.nll,
-        perplexity=measured.perplexity,
-        standard_error=measured.standard_error,
-        tokens=measured.tokens,
-        count=measured.windows,
+        tokens=sum(len(window) - 1 for window in text.windows),
+        count=len(text.windows),
         dropped_tokens=text.dropped_tokens,
         tokens_sha256=text.sha256,
         floor=text.floor,
         bos=text.bos,
+        measurements=measured,
     )
 
 

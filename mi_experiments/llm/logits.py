@@ -1,12 +1,11 @@
-"""Logits and losses of the model's own head, without holding all of them."""
+"""Logits of the model's own head, and what is measured on them, without holding all of them."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.calls import BlockOutput, replaced_blocks
@@ -74,22 +73,15 @@ def check_tail(walker: Walker, stream: Stream, positions: int) -> None:
         )
 
 
-def _cross_entropy(
-    logits: Float[Tensor, "tokens vocabulary"], targets: Int64[Tensor, "tokens"]
-) -> Float[Tensor, "tokens"]:
-    """Return the nats of each target, in float32 or better: half precision would round them."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return cross_entropy(logits, targets.to(logits.device), reduction="none")
-
-
-def measure_token_nll(
+def measure_tokens(
     walker: Walker,
     form: BlockOutput,
     hidden: Float[Tensor, "tokens hidden"],
     window: Int64[Tensor, "tokens"],
     logits_chunk: int,
-) -> Float64[Tensor, "predicted"]:
-    """Measure the nats that each token after the first costs given those before it.
+    measures: Sequence[Callable[[Tensor, Tensor], Tensor]],
+) -> Float64[Tensor, "measures predicted"]:
+    """Measure the prediction of each token after the first given those before it.
 
     Args:
         walker: the walker of the model; the caller decides about gradients.
@@ -97,14 +89,18 @@ def measure_token_nll(
         hidden: what the last block returned for the window.
         window: token ids, on the same device.
         logits_chunk: tokens whose logits exist at one time.
+        measures: each takes logits and the tokens that came, and returns a number a token.
     """
     inputs, targets = hidden[:-1], window[1:]
-    nll = torch.empty(len(targets), dtype=torch.float64, device=window.device)
+    measured = torch.empty(len(measures), len(targets), dtype=torch.float64, device=window.device)
     for start in range(0, len(targets), logits_chunk):
         chunk = slice(start, start + logits_chunk)
-        # The logits have no name here, so that they are gone before the next ones are computed.
-        nll[chunk] = _cross_entropy(compute_logits(walker, form, inputs[chunk]), targets[chunk])
-    return nll
+        logits = compute_logits(walker, form, inputs[chunk])
+        for row, measure in zip(measured, measures, strict=True):
+            row[chunk] = measure(logits, targets[chunk])
+        # They are gone before the next ones are computed.
+        del logits
+    return measured
 
 
 def open_wave(

@@ -1,6 +1,6 @@
 """Whether the files of a run agree with each other: what one says, another lets recompute.
 
-No seal stops who edits all of them. But a perplexity is the exponential of its loss, the bits of a
+No seal stops who edits all of them. But a perplexity is the exponential of its mean, the bits of a
 run are the mean over its linears, and `manifest.json` knows by content what was computed; a number
 that was edited, damaged or copied from elsewhere in one file stands against the others.
 """
@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mi_experiments.config.renames import PHASES, text_without_measurements
+from mi_experiments.evaluation.measurements import MEASUREMENTS, Measurement
 from mi_experiments.persistence.plain_json import BrokenRecord, read_json
 from mi_experiments.records.linears import LINEARS, LinearReport, read_linears, weighted_mean
 from mi_experiments.records.result import RESULT, Result, read_result, total_bits
@@ -90,23 +92,33 @@ def check_result(result: Result, directory: Path, *, whole: bool = False) -> lis
 
 def contradicted_texts(result: Result) -> Iterator[str]:
     """Yield what cannot be of the evaluations of one model before and after."""
-    for phase in ("dense", "compressed"):
+    for phase in PHASES:
         for name, text in getattr(result, phase).items():
             place = f"{phase}.{name}"
-            if text.nll < -ROUNDING or text.tokens < 1 or text.count < 1:
-                yield f"{place} has a loss of {text.nll:g} nats on {text.tokens} tokens"
-            elif not same(text.perplexity, exponential(text.nll)):
-                yield (
-                    f"{place}.perplexity is {text.perplexity:.10g}, and exp(nll) is "
-                    f"{exponential(text.nll):.10g}"
-                )
+            if text.tokens < 1 or text.count < 1:
+                yield f"{place} has {text.tokens} tokens in {text.count} windows"
+            for measured, number in text.measurements.items():
+                yield from contradicted_number(f"{place}.{measured}", measured, number)
     for name in result.dense.keys() & result.compressed.keys():
         dense, compressed = result.dense[name], result.compressed[name]
         for field in ("tokens_sha256", "tokens", "count", "windows", "seqlen", "protocol", "floor"):
             if getattr(dense, field) != getattr(compressed, field):
                 yield f"dense.{name} and compressed.{name} differ in {field}: two texts"
+        if list(dense.measurements) != list(compressed.measurements):
+            yield f"dense.{name} and compressed.{name} do not have the same measurements"
     if result.status == "completed" and result.compressed.keys() != result.dense.keys():
         yield "dense and compressed are not of the same texts"
+
+
+def contradicted_number(place: str, name: str, number: Measurement) -> Iterator[str]:
+    """Yield that a measurement cannot be; one of another version says only how to read it."""
+    kind = MEASUREMENTS.get(name)
+    if kind is None:
+        return
+    if not kind.smallest - ROUNDING <= number.mean <= kind.largest + ROUNDING:
+        yield f"{place} has a mean of {number.mean:g} {kind.unit}"
+    elif not same(number.value, kind.of_mean(number.mean)):
+        yield f"{place} is {number.value:.10g}, and {kind.of_mean(number.mean):.10g} by its mean"
 
 
 def contradicted_bits(result: Result, linears: list[LinearReport]) -> Iterator[str]:
@@ -148,7 +160,7 @@ def contradicted_origin(result: Result, begun: Mapping[str, Any]) -> Iterator[st
             yield f"provenance.versions.{name} is not that of {MANIFEST}"
     if "calibration" in begun and provenance.calibration_sha256 != begun["calibration"]:
         yield f"provenance.calibration_sha256 is not that of {MANIFEST}"
-    for phase in ("dense", "compressed"):
+    for phase in PHASES:
         for name, text in getattr(result, phase).items():
             if text.tokens_sha256 != begun.get("evaluation", {}).get(name):
                 yield f"{phase}.{name}.tokens_sha256 is not that of {MANIFEST}"
@@ -210,6 +222,11 @@ def hash_of_numbers(result: Result) -> str:
     """Return the SHA-256 of all that a run measured of its model, but for times and memory."""
     fields = dataclasses.asdict(result)
     plain = numbers_as_floats({name: fields[name] for name in MEASURED})
+    # What was sealed before there were measurements has the same hash.
+    for phase in PHASES:
+        plain[phase] = {
+            name: text_without_measurements(text) for name, text in plain[phase].items()
+        }
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -237,11 +254,6 @@ def same(said: int | float | None, found: int | float | None) -> bool:
     if said is None or found is None:
         return said is found
     return math.isclose(said, found, rel_tol=ROUNDING, abs_tol=1e-12)
-
-
-def exponential(nll: float) -> float:
-    """Return a perplexity; infinite where no float is as large."""
-    return math.exp(nll) if nll < 709 else math.inf
 
 
 def show(value: int | float | None) -> str:

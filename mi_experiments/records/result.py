@@ -7,52 +7,59 @@ with `export=dense` the compressed model and its grids.
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mi_experiments.config.renames import record_with_new_names
+from mi_experiments.config.renames import record_with_new_names, text_with_measurements
+from mi_experiments.evaluation.measurements import PERPLEXITY, Measurement
 from mi_experiments.persistence.atomic import file_hash, write_atomically
 from mi_experiments.persistence.seals import SEAL, seal
 from mi_experiments.records.candidates import SafetyNet
 from mi_experiments.records.linears import TIMINGS, LinearReport, weighted_mean
-from mi_experiments.records.record_types import read_as
+from mi_experiments.records.record_types import adapter, read_as
 
 RESULT = "result.json"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Perplexity of one model on one text.
+    """What was measured of one model on one text, and on what exactly.
 
     Attributes:
         protocol: name of the evaluation protocol.
         windows: how the text was cut: `joined`, `documents` or `sampled`.
         seqlen: tokens in a window, at most.
-        nll: mean negative log-likelihood per predicted token, nats.
-        perplexity: exp(nll).
-        standard_error: the standard error of `nll`, over windows, nats; None for one window.
         tokens: predicted tokens.
         count: windows.
         dropped_tokens: tokens at the end that filled no window.
         tokens_sha256: content hash of the windows.
         floor: perplexity of the true distribution on the same tokens, where it is known.
         bos: whether a beginning token was put before each text; None in records without it.
+        measurements: what was asked, by name, in that order.
     """
 
     protocol: str
     windows: str
     seqlen: int
-    nll: float
-    perplexity: float
-    standard_error: float | None
     tokens: int
     count: int
     dropped_tokens: int
     tokens_sha256: str
     floor: float | None
+    measurements: dict[str, Measurement]
     bos: bool | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The perplexity, where it was measured."""
+        return self.measurements[PERPLEXITY].value
+
+    @property
+    def nll(self) -> float:
+        """Its mean negative log-likelihood, nats per predicted token."""
+        return self.measurements[PERPLEXITY].mean
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,25 @@ def read_result(run_dir: Path) -> Result:
     """
     result: Result = read_as(Result, run_dir / RESULT, record_with_new_names)
     return result
+
+
+def read_evaluation(entry: Mapping[str, Any]) -> Evaluation:
+    """Return the value that `dataclasses.asdict` and JSON turned into an entry, of any version.
+
+    Raises:
+        ValueError: it is none.
+    """
+    evaluation: Evaluation = adapter(Evaluation).validate_python(text_with_measurements(entry))
+    return evaluation
+
+
+def by_name(texts: Mapping[str, Evaluation]) -> dict[str, dict[str, Measurement]]:
+    """Return what was measured on some texts, by the name of the measurement and then by text."""
+    found: dict[str, dict[str, Measurement]] = {}
+    for text, evaluation in texts.items():
+        for name, measured in evaluation.measurements.items():
+            found.setdefault(name, {})[text] = measured
+    return found
 
 
 def total_bits(linears: Sequence[LinearReport], requested: float) -> Bits:

@@ -119,9 +119,9 @@ class Tracker:
         self._block.append(report)
 
     def log_evaluation(self, phase: str, name: str, evaluation: Evaluation) -> None:
-        """Put the perplexity of one text into the summary; `phase` is `dense` or `compressed`."""
-        perplexity = {f"{phase}/{name}/perplexity": evaluation.perplexity}
-        self._call(lambda run: run.summary.update(perplexity))
+        """Put what was measured on a text into the summary; `phase` is `dense` or `compressed`."""
+        measured = curves_of(phase, name, evaluation)
+        self._call(lambda run: run.summary.update(measured))
 
     def finish(self, result: Result, linears: Sequence[LinearReport]) -> None:
         """Record summary and tables, and close the run; as failed if it did not complete."""
@@ -298,6 +298,13 @@ def sweep_name(sweep_dir: Path) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-80:]
 
 
+def curves_of(phase: str, text: str, evaluation: Evaluation) -> dict[str, float]:
+    """Return what was measured on a text by its keys: `compressed/TEXT/perplexity`."""
+    return {
+        f"{phase}/{text}/{name}": found.value for name, found in evaluation.measurements.items()
+    }
+
+
 def summary_of(result: Result) -> dict[str, Any]:
     """Return the numbers of a run as flat keys, those that are known."""
     summary = {"status": result.status, "error": scrub(result.error), "sparsity": result.sparsity}
@@ -306,7 +313,8 @@ def summary_of(result: Result) -> dict[str, Any]:
         summary["safety_net/kept"] = net.kept
         summary |= {f"safety_net/{name}/kl": entry.kl for name, entry in net.candidates.items()}
     for phase, texts in (("dense", result.dense), ("compressed", result.compressed)):
-        summary |= {f"{phase}/{name}/perplexity": e.perplexity for name, e in texts.items()}
+        for name, evaluation in texts.items():
+            summary |= curves_of(phase, name, evaluation)
     if result.bits is not None:
         summary |= {f"bits/{name}": value for name, value in vars(result.bits).items()}
     summary |= {f"seconds/{name}": value for name, value in result.seconds.items()}

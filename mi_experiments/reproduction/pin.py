@@ -11,7 +11,7 @@ from mi_experiments.errors import InputError
 from mi_experiments.persistence.atomic import write_atomically
 from mi_experiments.records.record_check import check_record
 from mi_experiments.records.result import read_result
-from mi_experiments.reproduction.verdicts import content_hashes
+from mi_experiments.reproduction.verdicts import by_key, content_hashes
 
 DENSE, COMPRESSED = 1e-5, 5e-3
 """Tolerances, as shares. The embedded run with one and two threads, and with AVX-512, AVX2 or no
@@ -65,7 +65,7 @@ def pin(run_dir: Path, name: str, conf: Path) -> Path:
             "comparison": "within",
             "tolerance": share,
             "because": BECAUSE[phase],
-            "values": {text: found.perplexity for text, found in getattr(result, phase).items()},
+            "values": {key: found.value for key, found in by_key(getattr(result, phase)).items()},
         }
         for phase, share in (("dense", DENSE), ("compressed", COMPRESSED))
     }

@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mi_experiments.config.expected import Comparison, Evidence, ExpectedConfig, NumbersConfig
+from mi_experiments.evaluation.measurements import PERPLEXITY, Measurement
 from mi_experiments.persistence.commits import differences
-from mi_experiments.records.result import Evaluation, Result
+from mi_experiments.records.result import Evaluation, Result, by_name
 
 PASS, FAIL, NOT_RUN, NONE = "PASS", "FAIL", "NOT RUN", "NO VERDICT"
-PLACES = ("model.path", "model.offline", "model.device", "dataset.path", "dataset.offline")
-"""Where the same thing is read or run; what it is, numbers and hashes tell."""
+PLACES = ("model.path", "model.offline", "model.device", "dataset.path", "dataset.offline",
+          "evaluation.measurements")  # fmt: skip
+"""Where the same thing is read or run, and what else is measured on it; what it is, numbers and
+hashes tell."""
 
 EXACT = ("model_files", "calibration", "evaluation", "numerics_version")
 """Fingerprints of a pinned run that must be equal anywhere."""
@@ -27,8 +30,8 @@ FOLLOWS = {
 """Settings by which a content hash changes, which then is no cause of its own."""
 
 SAME_BITS = 1e-5
-"""Share by which the perplexity of the very same weights on the very same tokens may move: other
-kernels sum in another order."""
+"""Share by which a number of the very same weights on the very same tokens may move: other kernels
+sum in another order."""
 
 SIGNATURE = 0.003
 """Share within which a value is taken for a known wrong one."""
@@ -41,10 +44,10 @@ class Judgement:
     Attributes:
         row: the row of the table.
         phase: dense or compressed.
-        text: the text of the evaluation.
-        expected: perplexity; None where no source has one.
-        ours: perplexity; None where it was not measured.
-        tolerance: the tolerance in perplexity.
+        text: the text of the evaluation, and TEXT/NAME for what is no perplexity.
+        expected: the value; None where no source has one.
+        ours: the value; None where it was not measured.
+        tolerance: how far ours may be from it.
         verdict: PASS, FAIL, NOT RUN, or NO VERDICT where there is nothing to hold it to.
         why: diagnosis or reason.
         source: the source of the expected value.
@@ -99,12 +102,13 @@ def judge(
     mismatch = "; ".join(mismatches)
     judgements = []
     for phase, numbers in (("dense", expected.dense), ("compressed", expected.compressed)):
-        found: Mapping[str, Evaluation] = getattr(result, phase) if result else {}
+        found = by_key(getattr(result, phase)) if result else {}
         phase_causes = [*causes, *unexplained] if phase == "compressed" else causes
         for text in [*numbers.values, *(t for t in found if t not in numbers.values)] or ["-"]:
-            ours = found[text].perplexity if text in found else None
+            ours = found[text].value if text in found else None
             value = numbers.values.get(text)
-            verdict, why = decide(numbers, value, ours, phase_causes)
+            falling = text not in found or found[text].lower_is_better
+            verdict, why = decide(numbers, value, ours, phase_causes, lower_is_better=falling)
             if verdict == NOT_RUN:
                 why = note or (result.error or "" if result else "")
             if verdict == FAIL:
@@ -115,6 +119,15 @@ def judge(
                 Judgement(row, phase, text, value, ours, tolerance, verdict, why, source, mismatch)
             )
     return judgements
+
+
+def by_key(texts: Mapping[str, Evaluation]) -> dict[str, Measurement]:
+    """Return what was measured by the keys of `expected`: TEXT a perplexity, else TEXT/NAME."""
+    return {
+        text if name == PERPLEXITY else f"{text}/{name}": number
+        for name, numbers in by_name(texts).items()
+        for text, number in numbers.items()
+    }
 
 
 def exact_changes(changes: Sequence[str], prints: Sequence[str]) -> list[str]:
@@ -184,7 +197,12 @@ def kind_of(line: str) -> str:
 
 
 def decide(
-    numbers: NumbersConfig, value: float | None, ours: float | None, changes: Sequence[str]
+    numbers: NumbersConfig,
+    value: float | None,
+    ours: float | None,
+    changes: Sequence[str],
+    *,
+    lower_is_better: bool = True,
 ) -> tuple[str, str]:
     """Return the verdict on one number, and why."""
     if ours is None:
@@ -196,7 +214,8 @@ def decide(
     if changes:
         return FAIL, "not the same: " + "; ".join(changes)
     if numbers.comparison is Comparison.at_most:
-        return (PASS, "") if ours <= value else (FAIL, "the bar is not reached")
+        reached = ours <= value if lower_is_better else ours >= value
+        return (PASS, "") if reached else (FAIL, "the bar is not reached")
     if math.isfinite(ours) and abs(ours - value) <= numbers.tolerance * value:
         return PASS, ""
     return FAIL, f"off by {(ours / value - 1):+.2%}, and {numbers.tolerance:.2%} are allowed"

@@ -16,7 +16,7 @@ from mi_experiments.persistence.atomic import remove_temporaries, write_atomical
 from mi_experiments.persistence.locks import hold
 from mi_experiments.persistence.plain_json import BrokenRecord
 from mi_experiments.records.record_types import short_hash
-from mi_experiments.records.result import RESULT, Result, read_result
+from mi_experiments.records.result import RESULT, Evaluation, Result, by_name, read_result
 
 SWEEP = "sweep.json"
 LOCK = "sweep.lock"
@@ -36,8 +36,8 @@ class Outcome:
             `interrupted`, continued by the same command; or `not run`.
         error: the one line of a job that did not complete.
         log: its log below the sweep directory, where there is one.
-        dense: perplexity of the model as loaded, by text.
-        compressed: perplexity of the compressed model, by text.
+        dense: what was measured of the model as loaded, by name and text.
+        compressed: what was measured of the compressed model, by name and text.
         effective_bits: everything stored, per weight.
         seconds: over all the times that it was continued.
         exit_code: what a run of its own would have ended with.
@@ -49,8 +49,8 @@ class Outcome:
     status: str = "not run"
     error: str | None = None
     log: str | None = None
-    dense: dict[str, float] = field(default_factory=dict)
-    compressed: dict[str, float] = field(default_factory=dict)
+    dense: dict[str, dict[str, float]] = field(default_factory=dict)
+    compressed: dict[str, dict[str, float]] = field(default_factory=dict)
     effective_bits: float | None = None
     seconds: float | None = None
     exit_code: int | None = None
@@ -105,12 +105,20 @@ def describe(outcome: Outcome, result: Result) -> Outcome:
     return replace(
         outcome,
         error=result.error,
-        dense={name: text.perplexity for name, text in result.dense.items()},
-        compressed={name: text.perplexity for name, text in result.compressed.items()},
+        dense=values_by_name(result.dense),
+        compressed=values_by_name(result.compressed),
         effective_bits=result.bits.effective if result.bits else None,
         seconds=sum(result.seconds.values(), 0.0),
         model_files=short_hash(result.provenance.model_files) if result.provenance else None,
     )
+
+
+def values_by_name(texts: Mapping[str, Evaluation]) -> dict[str, dict[str, float]]:
+    """Return the values of what was measured, by name and text."""
+    return {
+        name: {text: number.value for text, number in numbers.items()}
+        for name, numbers in by_name(texts).items()
+    }
 
 
 def tell_models(outcomes: Sequence[Outcome]) -> str:

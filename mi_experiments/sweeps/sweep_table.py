@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mi_experiments.comparison.inert import visible
+from mi_experiments.evaluation.measurements import PERPLEXITY
 from mi_experiments.sweeps.outcomes import Estimate, Outcome, tell_models
 
 SHOWN_VALUES = 12
@@ -67,7 +68,8 @@ def print_job(
     swept = " ".join(f"{key}={value}" for key, value in outcome.swept.items())
     parts = [f"job {number} of {total}", swept]
     if outcome.status != "not run":
-        parts += [outcome.status, show_perplexities(outcome), show_cost(outcome)]
+        measured = [show_measured(outcome, name) for name in outcome.dense]
+        parts += [outcome.status, *measured, show_cost(outcome)]
     parts.append(f"elapsed {show_seconds(elapsed)}")
     if left is not None and left.seconds:
         parts.append(f"about {show_seconds(left.seconds)} left")
@@ -81,7 +83,9 @@ def print_outcomes(
 ) -> None:  # fmt: skip
     """Print what became of all jobs, of each failure where its log is, and what to type next."""
     table = Table(title="jobs", title_justify="left")
-    headings = ("job", *axes, "status", "perplexity", "effective bits", "seconds")
+    measured = list(dict.fromkeys(name for outcome in outcomes for name in outcome.dense))
+    measured = measured or [PERPLEXITY]
+    headings = ("job", *axes, "status", *measured, "effective bits", "seconds")
     for heading in headings:
         right = heading in {"job", "effective bits", "seconds"}
         table.add_column(
@@ -93,7 +97,7 @@ def print_outcomes(
             str(number),
             *(Text(visible(outcome.swept[key])) for key in axes),
             outcome.status,
-            Text(visible(show_perplexities(outcome))),
+            *(Text(visible(show_measured(outcome, name))) for name in measured),
             "" if bits is None else f"{bits:.4f}",
             "" if seconds is None else f"{seconds:.1f}",
         )
@@ -114,13 +118,15 @@ def print_outcomes(
         console.print(visible(line), soft_wrap=True, highlight=False, markup=False)
 
 
-def show_perplexities(outcome: Outcome) -> str:
-    """Show what is known of dense and compressed perplexity, text by text."""
+def show_measured(outcome: Outcome, measurement: str) -> str:
+    """Show what is known of one measurement of the dense and the compressed model, by text."""
     texts = []
-    for name, dense in outcome.dense.items():
-        after = f" → {outcome.compressed[name]:.4f}" if name in outcome.compressed else ""
-        named = f"{name} " if len(outcome.dense) > 1 else ""
-        texts.append(f"{named}{dense:.4f}{after}")
+    dense = outcome.dense.get(measurement, {})
+    compressed = outcome.compressed.get(measurement, {})
+    for name, value in dense.items():
+        after = f" → {compressed[name]:.4f}" if name in compressed else ""
+        named = f"{name} " if len(dense) > 1 else ""
+        texts.append(f"{named}{value:.4f}{after}")
     return ", ".join(texts)
 
 

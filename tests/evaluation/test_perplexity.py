@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from evaluations import measure_perplexity
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,9 +22,10 @@ from transformers import (
 )
 
 from mi_experiments.errors import InputError, NumericalError
-from mi_experiments.evaluation.perplexity import measure_perplexity, summarize
+from mi_experiments.evaluation.measure_text import summarize
+from mi_experiments.evaluation.perplexity import token_nll
 from mi_experiments.llm.calls import BlockOutput
-from mi_experiments.llm.logits import measure_token_nll, plan_waves
+from mi_experiments.llm.logits import measure_tokens, plan_waves
 from mi_experiments.llm.walker import Walker
 
 TOLERANCE = 1e-12  # relative, in float64: chunks and batches change only the order of sums
@@ -90,9 +92,8 @@ def test_equals_full_logits_on_every_kind_of_head(name: str) -> None:
     by_hand = torch.cat([nll_by_hand(model, window) for window in windows])
     assert by_hand.std() > 0.1
     result = measure_perplexity(Walker(model), windows, batch_tokens=20, logits_chunk=5)
-    assert result.nll == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
-    assert result.perplexity == pytest.approx(by_hand.mean().exp().item(), rel=TOLERANCE)
-    assert (result.tokens, result.windows) == (39, 4)
+    assert result.mean == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
+    assert result.value == pytest.approx(by_hand.mean().exp().item(), rel=TOLERANCE)
 
 
 def test_token_nll_is_per_token_and_in_order() -> None:
@@ -104,7 +105,9 @@ def test_token_nll_is_per_token_and_in_order() -> None:
             lambda module, args, output: before_norm.append(output)
         )
         model.model(input_ids=window[None])
-        nll = measure_token_nll(Walker(model), BlockOutput(None), before_norm[0][0], window, 7)
+        (nll,) = measure_tokens(
+            Walker(model), BlockOutput(None), before_norm[0][0], window, 7, [token_nll]
+        )
     assert nll.dtype == torch.float64
     torch.testing.assert_close(nll, nll_by_hand(model, window), rtol=TOLERANCE, atol=TOLERANCE)
 
@@ -149,29 +152,31 @@ def test_batches_and_chunks_do_not_matter(batch_tokens: int, logits_chunk: int) 
     result = measure_perplexity(
         Walker(model), windows, batch_tokens=batch_tokens, logits_chunk=logits_chunk
     )
-    assert result.nll == pytest.approx(expected.nll, rel=TOLERANCE)
+    assert result.mean == pytest.approx(expected.mean, rel=TOLERANCE)
     assert result.standard_error == pytest.approx(expected.standard_error, rel=1e-9)
 
 
 def test_mean_is_over_tokens_not_over_windows() -> None:
-    result = summarize([1.0, 100.0], [1, 4])
-    assert result.nll == 101 / 5
-    assert result.nll != (1 / 1 + 100 / 4) / 2
+    result = summarize("perplexity", [1.0, 100.0], [1, 4])
+    assert result.mean == 101 / 5
+    assert result.mean != (1 / 1 + 100 / 4) / 2
 
 
 def test_standard_error_of_equal_windows_is_that_of_their_means() -> None:
     means = torch.tensor([1.0, 2.0, 4.0, 9.0], dtype=torch.float64)
-    result = summarize((means * 7).tolist(), [7] * 4)
+    result = summarize("perplexity", (means * 7).tolist(), [7] * 4)
     assert result.standard_error == pytest.approx(means.std().item() / 2, rel=TOLERANCE)
-    assert summarize([3.0], [2]).standard_error is None
+    assert summarize("perplexity", [3.0], [2]).standard_error is None
 
 
 def test_standard_error_covers_the_spread_of_unequal_windows() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(1, 60, (2000, 40), generator=generator)
     sums = counts + counts.sqrt() * torch.randn(2000, 40, generator=generator)
-    results = [summarize(s, c) for s, c in zip(sums.tolist(), counts.tolist(), strict=True)]
-    spread = torch.tensor([r.nll for r in results]).std().item()
+    results = [
+        summarize("perplexity", s, c) for s, c in zip(sums.tolist(), counts.tolist(), strict=True)
+    ]
+    spread = torch.tensor([r.mean for r in results]).std().item()
     stated = torch.tensor([r.standard_error for r in results]).square().mean().sqrt().item()
     assert stated == pytest.approx(spread, rel=0.1)
 
@@ -180,7 +185,7 @@ def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
     model = build_model()
     nn.init.zeros_(model.lm_head.weight)
     result = measure_perplexity(Walker(model), random_windows(9, 5), batch_tokens=9, logits_chunk=4)
-    assert result.perplexity == pytest.approx(VOCABULARY, rel=TOLERANCE)
+    assert result.value == pytest.approx(VOCABULARY, rel=TOLERANCE)
     assert result.standard_error == pytest.approx(0, abs=TOLERANCE)
 
 
@@ -296,7 +301,7 @@ def test_a_window_that_is_not_finite_is_named() -> None:
 
 def test_a_perplexity_beyond_float64_is_an_error() -> None:
     with pytest.raises(NumericalError, match=r"overflows: 800\.0 nats"):
-        summarize([1600.0], [2])
+        summarize("perplexity", [1600.0], [2])
 
 
 class InPlace(nn.Module):
@@ -315,7 +320,7 @@ def test_a_tail_may_work_in_place() -> None:
     model.model.norm = InPlace(model.model.norm)
     by_hand = torch.cat([nll_by_hand(model, window) for window in windows])
     result = measure_perplexity(Walker(model), windows, batch_tokens=20, logits_chunk=5)
-    assert result.nll == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
+    assert result.mean == pytest.approx(by_hand.mean().item(), rel=TOLERANCE)
 
 
 class Residual(nn.Module):

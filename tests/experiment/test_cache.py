@@ -18,7 +18,7 @@ from composed import config_of
 
 from mi_experiments.calibration import hessians
 from mi_experiments.experiment import cache, phases
-from mi_experiments.experiment.cache import computed_by, perplexity_key, results_directory
+from mi_experiments.experiment.cache import computed_by, evaluation_key, results_directory
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.run_experiment import run_experiment
 from mi_experiments.llm.loading import content_hash, open_model
@@ -78,7 +78,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
         monkeypatch.setattr(module, name, counting)
 
-    count(phases, "measure_perplexity")
+    count(phases, "measure_text")
     count(plan, "measure_block_costs")
     count(hessians, "measure_fisher")
     return counts
@@ -112,7 +112,7 @@ def test_a_budget_sweep_measures_costs_once_and_gets_the_same_bits(
         assert result.from_cache == ({} if index == 0 else everything)
         assert read_result(tmp_path / f"shared {index}").from_cache == result.from_cache
     # Each job evaluates its compressed model itself.
-    assert work == {"measure_block_costs": BLOCKS, "measure_perplexity": 1 + len(budgets)}
+    assert work == {"measure_block_costs": BLOCKS, "measure_text": 1 + len(budgets)}
     for index, budget in enumerate(budgets):
         assert run(f"alone {index}", budget, "cache=false").from_cache == {}
         assert numbers(tmp_path / f"shared {index}") == numbers(tmp_path / f"alone {index}")
@@ -162,7 +162,7 @@ def test_a_damaged_entry_is_named_and_computed_again(
     work.clear()
     with caplog.at_level(logging.WARNING):
         assert run("second", "wbits.average=3").from_cache == {}
-    assert work == {"measure_block_costs": BLOCKS, "measure_perplexity": 2}
+    assert work == {"measure_block_costs": BLOCKS, "measure_text": 2}
     for path, content in sound.items():
         assert any(str(path) in line and "damaged" in line for line in caplog.messages)
         assert path.read_bytes() == content
@@ -175,7 +175,7 @@ def test_what_was_summed_in_pieces_is_not_shared(
     run: Callable[..., Result], work: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where memory was short, the order of sums is another one."""
-    for module, name in ((phases, "measure_perplexity"), (plan, "measure_block_costs")):
+    for module, name in ((phases, "measure_text"), (plan, "measure_block_costs")):
         real = getattr(module, name)
 
         def short(*arguments: Any, real: Any = real, **options: Any) -> Any:
@@ -336,7 +336,7 @@ def test_the_key_has_everything_that_the_dense_models_numbers_follow(
         )  # fmt: skip
         computed = computed_by(opened, dataclasses.replace(provenance, **changes), blocks)
         windows = [torch.arange(8), torch.arange(8, 16)]
-        return perplexity_key(computed, windows, 16, 32, 16)
+        return evaluation_key(computed, ["perplexity"], windows, 16, 32, 16)
 
     same = key()
     versions = provenance.versions
@@ -396,18 +396,19 @@ def test_a_weight_of_the_model_and_a_line_of_the_code_change_the_hashes(
 
 def test_the_key_of_a_text_is_its_windows_and_batches() -> None:
     windows = [torch.arange(8) + 8 * i for i in range(6)]
-    same = perplexity_key({}, windows, 16, 32, 48)
+    same = evaluation_key({}, ["perplexity"], windows, 16, 32, 48)
     # Waves of whole batches are the same batches, one after another.
-    assert perplexity_key({}, windows, 16, 32, 16) == same
-    assert perplexity_key({}, windows, 23, 32, 10**6) == same
+    assert evaluation_key({}, ["perplexity"], windows, 16, 32, 16) == same
+    assert evaluation_key({}, ["perplexity"], windows, 23, 32, 10**6) == same
     cut = torch.cat(windows)
     others = [
-        perplexity_key({}, windows[:5], 16, 32, 48),
-        perplexity_key({}, [*windows[:5], windows[5] + 1], 16, 32, 48),
-        perplexity_key({}, [cut[:6], cut[6:16], *windows[2:]], 16, 32, 48),
-        perplexity_key({}, windows[::-1], 16, 32, 48),
-        perplexity_key({}, windows, 24, 32, 48),
-        perplexity_key({}, windows, 16, 4, 48),
-        perplexity_key({"model": 1}, windows, 16, 32, 48),
+        evaluation_key({}, ["perplexity"], windows[:5], 16, 32, 48),
+        evaluation_key({}, ["perplexity"], [*windows[:5], windows[5] + 1], 16, 32, 48),
+        evaluation_key({}, ["perplexity"], [cut[:6], cut[6:16], *windows[2:]], 16, 32, 48),
+        evaluation_key({}, ["perplexity"], windows[::-1], 16, 32, 48),
+        evaluation_key({}, ["perplexity"], windows, 24, 32, 48),
+        evaluation_key({}, ["perplexity"], windows, 16, 4, 48),
+        evaluation_key({"model": 1}, ["perplexity"], windows, 16, 32, 48),
+        evaluation_key({}, ["perplexity", "accuracy"], windows, 16, 32, 48),
     ]
     assert len({same, *others}) == 1 + len(others)

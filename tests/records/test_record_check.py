@@ -39,18 +39,24 @@ def test_an_honest_record_has_no_contradiction(run_dir: Path) -> None:
     assert check_record(run_dir) == check_record(run_dir, whole=True) == []
 
 
+def perplexity_in(record: dict[str, Any], phase: str) -> dict[str, Any]:
+    """Return the entry of a perplexity in a record."""
+    entry: dict[str, Any] = record[phase]["stories"]["measurements"]["perplexity"]
+    return entry
+
+
 LIES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "perplexity": (lambda r: r["compressed"]["stories"].update(perplexity=1.65),
-                   "compressed.stories.perplexity is 1.65, and exp(nll) is 5.75"),
-    "dense": (lambda r: r["dense"]["stories"].update(nll=1.6),
+    "perplexity": (lambda r: perplexity_in(r, "compressed").update(value=1.65),
+                   "compressed.stories.perplexity is 1.65, and 5.75"),
+    "dense": (lambda r: perplexity_in(r, "dense").update(mean=1.6),
               "dense.stories.perplexity is 4.48"),
-    "both": (lambda r: r["compressed"]["stories"].update(perplexity=1.65, nll=math.log(1.65)),
+    "both": (lambda r: perplexity_in(r, "compressed").update(value=1.65, mean=math.log(1.65)),
              "numbers are not those that manifest.json was sealed with"),
-    "slightly": (lambda r: r["compressed"]["stories"].update(
-        perplexity=math.exp(1.746), nll=1.746), "sealed with"),
-    "negative": (lambda r: r["dense"]["stories"].update(nll=-0.1, perplexity=math.exp(-0.1)),
-                 "has a loss of -0.1 nats"),
-    "overflow": (lambda r: r["dense"]["stories"].update(nll=1e300), "exp(nll) is inf"),
+    "slightly": (lambda r: perplexity_in(r, "compressed").update(
+        value=math.exp(1.746), mean=1.746), "sealed with"),
+    "negative": (lambda r: perplexity_in(r, "dense").update(mean=-0.1, value=math.exp(-0.1)),
+                 "has a mean of -0.1 nats"),
+    "overflow": (lambda r: perplexity_in(r, "dense").update(mean=1e300), "and inf by its mean"),
     "effective": (lambda r: r["bits"].update(effective=1.0), "bits.effective is 1, and 3.25 over"),
     "average": (lambda r: r["bits"].update(average=2.0), "bits.average is 2, and 2.99 over"),
     "sparsity": (lambda r: r.update(sparsity=0.9), "sparsity is 0.9, and 0.499 over"),

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from evaluations import perplexity_of
 
 from mi_experiments.records.linears import LinearReport, read_linears, write_linears
 from mi_experiments.records.result import (
@@ -41,8 +42,8 @@ LINEAR = LinearReport(
     status="compressed",
 )
 EVALUATION = Evaluation(
-    protocol="text", windows="joined", seqlen=64, nll=1.5, perplexity=4.4816890703,
-    standard_error=0.01, tokens=6300, count=100, dropped_tokens=5, tokens_sha256="ab", floor=4.2,
+    protocol="text", windows="joined", seqlen=64, measurements=perplexity_of(1.5),
+    tokens=6300, count=100, dropped_tokens=5, tokens_sha256="ab", floor=4.2,
 )  # fmt: skip
 PROVENANCE = Provenance(
     numerics_version=1, versions={"torch": "2"}, commit=None, command="mi-run", started="now",

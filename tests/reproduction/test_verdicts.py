@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import as_perplexity
 from synthetic_runs import make_linears, make_manifest, make_run
 
 from mi_experiments.commands import reproduce
@@ -50,7 +51,7 @@ def verdicts(expected: ExpectedConfig, result: Result, *lies: str) -> list[tuple
 def better(result: Result, share: float) -> Result:
     """Return a result whose compressed perplexity is lower by a share."""
     texts = {
-        name: replace(text, perplexity=text.perplexity * (1 - share))
+        name: replace(text, measurements=as_perplexity(text.perplexity * (1 - share)))
         for name, text in result.compressed.items()
     }
     return replace(result, compressed=texts)

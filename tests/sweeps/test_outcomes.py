@@ -36,8 +36,8 @@ def test_an_outcome_has_the_numbers_of_the_record(tmp_path: Path) -> None:
     assert result.bits is not None
     assert outcome == Outcome(
         "job", {"seed": "0"}, status="done", exit_code=0, seconds=1.75,
-        dense={name: text.perplexity for name, text in result.dense.items()},
-        compressed={name: text.perplexity for name, text in result.compressed.items()},
+        dense={"perplexity": {t: e.perplexity for t, e in result.dense.items()}},
+        compressed={"perplexity": {t: e.perplexity for t, e in result.compressed.items()}},
         effective_bits=result.bits.effective,
     )  # fmt: skip
     # A launcher that broke down afterwards changes nothing of that.

@@ -59,7 +59,7 @@ function chart(host, options) {
   for (const guide of guides) plot.append(level(guide, toY, box));
   if (frontier)
     for (const model of new Set(points.map((point) => point.model)))
-      plot.append(stairs(points.filter((point) => point.model === model), toX, toY, box));
+      plot.append(stairs(points.filter((point) => point.model === model), toX, toY, box, y.rising));
   for (const { x: across, y: up, look } of faint) {
     const mark = svg("path", { class: "mark", d: look.shape, fill: look.colour, transform: "scale(0.7)" });
     plot.append(svg("g", { class: "faint", transform: `translate(${toX(across)} ${toY(up)})` }, mark));
@@ -113,13 +113,15 @@ const level = (guide, toY, box) =>
     "data-y": guide.y,
   });
 
-// The lowest value at that many bits or fewer.
-function stairs(points, toX, toY, box) {
+// The lowest value at that many bits or fewer; the highest, if more is better.
+function stairs(points, toX, toY, box, rising) {
+  const sign = rising ? -1 : 1;
+  const edge = rising ? box.bottom : box.top;
   let [least, path] = [Infinity, ""];
-  for (const point of [...points].sort((a, b) => a.x - b.x || a.y - b.y)) {
-    if (point.y >= least) continue;
-    path += path ? `H${toX(point.x)}V${toY(point.y)}` : `M${toX(point.x)} ${box.top}V${toY(point.y)}`;
-    least = point.y;
+  for (const point of [...points].sort((a, b) => a.x - b.x || sign * (a.y - b.y))) {
+    if (sign * point.y >= least) continue;
+    path += path ? `H${toX(point.x)}V${toY(point.y)}` : `M${toX(point.x)} ${edge}V${toY(point.y)}`;
+    least = sign * point.y;
   }
   return svg("path", { class: "step", d: path && `${path}H${box.right}` });
 }

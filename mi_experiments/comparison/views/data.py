@@ -18,14 +18,18 @@ from mi_experiments.comparison.run_table import (
     COUNT,
     DOTTED,
     INTERVAL,
-    RESULTS,
+    MEASURED,
+    column_of,
     find_runs,
     find_settings,
+    measured_columns,
+    result_columns,
     settings,
     show_value,
     varying,
 )
 from mi_experiments.errors import InputError
+from mi_experiments.evaluation.measurements import MEASUREMENTS
 from mi_experiments.persistence.plain_json import BrokenRecord
 from mi_experiments.records.linears import LINEARS, METRICS, LinearReport, read_linears
 from mi_experiments.records.result import Result, read_result
@@ -44,7 +48,7 @@ LABELS = {
 """What an axis or a choice is called, with its unit; any other column has its own name."""
 
 LOSSES = ("compressed", "excess", "difference")
-"""What may be drawn upwards over bits and calibration; the first is the default."""
+"""What may be drawn upwards over bits and calibration, before what else was measured."""
 
 LAYER_METRICS = tuple(METRICS)
 """Numbers of a linear that a map of the layers can show; the first is the default."""
@@ -109,6 +113,20 @@ class Comparison:
         """The columns in which the shown rows are of different models, texts or numerics."""
         frame = self.runs if self.means is None else self.means
         return tell_models_apart(frame, varying(frame))
+
+    @property
+    def rising(self) -> list[str]:
+        """The columns of which more is better."""
+        return list(
+            dict.fromkeys(
+                column_of(phase, name)
+                for detail in self.details.values()
+                for evaluation in detail.result.dense.values()
+                for name, number in evaluation.measurements.items()
+                for phase in ("dense", "compressed", "difference")
+                if not number.lower_is_better
+            )
+        )
 
     @property
     def chosen(self) -> str | None:
@@ -189,8 +207,9 @@ def numeric_settings(frame: pd.DataFrame) -> list[str]:
 
 
 def drawn_losses(frame: pd.DataFrame) -> list[str]:
-    """Return what can be drawn upwards: the losses that a row has, at least the first."""
-    known = [name for name in LOSSES if name in frame and frame[name].notna().any()]
+    """Return what can be drawn upwards: what a row has, the losses first; at least the first."""
+    names = [*LOSSES, *measured_columns(frame, "compressed", "difference")]
+    known = [name for name in names if name in frame and frame[name].notna().any()]
     return known or [LOSSES[0]]
 
 
@@ -206,6 +225,9 @@ def in_common(frame: pd.DataFrame) -> list[tuple[str, str]]:
 
 def label_of(name: str) -> str:
     """Return what a column is called on an axis."""
+    if (match := MEASURED.fullmatch(name)) and match[2] in MEASUREMENTS:
+        before = {"compressed": "", "dense": "dense ", "difference": "paired difference of "}
+        return before[match[1]] + MEASUREMENTS[match[2]].label
     return LABELS.get(name, name)
 
 
@@ -232,7 +254,7 @@ def to_plain(comparison: Comparison) -> dict[str, Any]:
     apart = varying(frame)
     kept = dict.fromkeys(
         ["run", "status", "error", "text", *comparison.columns, *apart, *numeric_settings(frame),
-         *RESULTS]
+         *result_columns(frame)]
     )  # fmt: skip
     floors = [
         getattr(comparison.details[run].result.dense.get(text), "floor", None)
@@ -251,8 +273,9 @@ def to_plain(comparison: Comparison) -> dict[str, Any]:
         "losses": drawn_losses(frame),
         "colour": comparison.colour,
         "chosen": comparison.chosen,
-        "labels": LABELS,
-        "results": list(RESULTS),
+        "labels": LABELS | {name: label_of(name) for name in measured_columns(frame)},
+        "results": result_columns(frame),
+        "rising": comparison.rising,
         "layer_metrics": list(LAYER_METRICS),
         "information": list(INFORMATION),
         "interval": INTERVAL,

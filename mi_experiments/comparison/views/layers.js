@@ -48,18 +48,22 @@ function drawChosen() {
   const facts = DATA.varying
     .filter((name) => name !== "text")
     .map((name) => `${name} ${show(name, rows[0][name])}`);
-  const losses = rows.map(
-    ({ text, compressed, dense }) =>
-      `${text ?? ""} ${show("compressed", compressed)} (dense ${show("dense", dense)})`,
-  );
+  const measured = DATA.losses
+    .filter((name) => name.startsWith("compressed"))
+    .map((name) => `${label(name)} ${rows.map((row) => beforeAndAfter(row, name)).join(", ")}`);
   const parts = [
     facts.join(", "),
-    `perplexity ${losses.join(", ")}`,
+    ...measured,
     `effective bits ${show("effective_bits", rows[0].effective_bits)}`,
   ];
   const { command } = DATA.runs[state.run];
   const told = parts.filter(Boolean).map((part) => ` · ${part}`);
   byId("chosen").replaceChildren(html("b", {}, state.run), ...told, command ? html("code", {}, command) : "");
+}
+
+function beforeAndAfter(row, name) {
+  const dense = name.replace("compressed", "dense");
+  return `${row.text ?? ""} ${show(name, row[name])} (dense ${show(dense, row[dense])})`;
 }
 
 function drawMaps(host, runs) {

@@ -1,4 +1,4 @@
-// Perplexity, or what is lost, over effective bits and over calibration.
+// What was measured, or what is lost, over effective bits and over calibration.
 const varyingNow = () => (state.means ? DATA.mean_varying : DATA.varying).filter((name) => name !== "text");
 const drawable = (rows, x) =>
   rows.filter(
@@ -16,13 +16,14 @@ function drawFrontier() {
   const host = byId("frontier");
   const rows = drawable(state.means ? DATA.means : DATA.rows, x);
   const what = known(state.text) ? `${label(state.loss)} on ${state.text}` : label(state.loss);
-  const stepped = state.loss !== "difference";
+  const rising = DATA.rising.includes(state.loss);
+  const stepped = !state.loss.startsWith("difference");
   const second = stepped
-    ? "The stepped line is the lowest at that many bits or fewer."
+    ? `The stepped line is the ${rising ? "highest" : "lowest"} at that many bits or fewer.`
     : "Zero is the baseline.";
   byId("frontier-caption").textContent =
-    `${capital(what)} against all that is stored; lower left is better. ${second}`;
-  if (!rows.length) return empty(host, "No completed run has a perplexity yet.");
+    `${capital(what)} against all that is stored; ${rising ? "upper" : "lower"} left is better. ${second}`;
+  if (!rows.length) return empty(host, `No completed run has a ${label(DATA.losses[0])} yet.`);
   const series = seriesOf(rows, x, (row) => row[state.colour] ?? null, false);
   return drawLoss(host, x, series, {
     frontier: stepped && rows.length > 1,
@@ -37,7 +38,7 @@ function drawCalibration() {
   const rows = drawable(state.means ? DATA.means : DATA.rows, x);
   const values = new Set(rows.map((row) => row[x]));
   drawAxisChoice(x);
-  if (values.size === 0) return empty(host, "No completed run has a perplexity yet.");
+  if (values.size === 0) return empty(host, `No completed run has a ${label(DATA.losses[0])} yet.`);
   if (values.size === 1) {
     const same = `${x} = ${show(x, [...values][0])}`;
     return empty(host, `Every run here has ${same}: nothing to compare along this axis yet.`);
@@ -74,7 +75,7 @@ function drawLoss(host, x, series, { frontier, discrete, name }) {
     : [];
   chart(host, {
     x: { label: label(x), discrete },
-    y: { label: label(state.loss) },
+    y: { label: label(state.loss), rising: DATA.rising.includes(state.loss) },
     series,
     faint,
     frontier,
@@ -122,13 +123,14 @@ function pointOf(row, x) {
 }
 
 function guidesOf(rows) {
-  if (state.loss !== "compressed") {
+  if (!state.loss.startsWith("compressed")) {
     // Zero has no place on the logarithmic axis that widely spread values get.
     const logarithmic = wide(rows.map((row) => row[state.loss]));
     return logarithmic ? [] : [{ y: 0, label: state.loss === "excess" ? "dense" : "baseline" }];
   }
-  return ["dense", "floor"].flatMap((name) => {
-    const values = [...new Set(rows.map((row) => row[name]).filter(known))];
+  const floor = state.loss === "compressed" ? [["floor", "floor"]] : [];
+  return [["dense", state.loss.replace("compressed", "dense")], ...floor].flatMap(([name, column]) => {
+    const values = [...new Set(rows.map((row) => row[column]).filter(known))];
     return values.length === 1 ? [{ y: values[0], label: `${name} ${values[0].toFixed(4)}` }] : [];
   });
 }

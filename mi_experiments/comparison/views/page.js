@@ -4,7 +4,7 @@ const state = {
   other: "",
   means: DATA.means.length > 0,
   colour: DATA.colour,
-  text: DATA.rows.find((row) => known(row.compressed))?.text ?? DATA.rows[0].text,
+  text: DATA.rows.find((row) => known(row[DATA.losses[0]]))?.text ?? DATA.rows[0].text,
   loss: DATA.losses[0],
   axis: DATA.axes[0],
   metric: DATA.layer_metrics[0],

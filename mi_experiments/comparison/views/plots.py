@@ -88,7 +88,7 @@ def draw_all(comparison: Comparison) -> Iterator[tuple[str, Figure | str]]:
 
 
 def draw_frontier(comparison: Comparison, text: object, loss: str) -> Figure | str:
-    """Draw a loss against effective bits, with the lowest at that many bits or fewer."""
+    """Draw a loss against effective bits, with the best at that many bits or fewer."""
     rows = completed(shown(comparison), text, loss, "effective_bits")
     if rows.empty:
         return "no completed run has it"
@@ -97,18 +97,18 @@ def draw_frontier(comparison: Comparison, text: object, loss: str) -> Figure | s
     names = [comparison.colour] if comparison.colour else []
     for _, series in group_rows(rows, names):
         scatter(axes, series, "effective_bits", loss, look_of(comparison, looks, series))
-    if len(rows) > 1 and loss != "difference":
+    if len(rows) > 1 and not loss.startswith("difference"):
         # What another model reaches is nothing that this one could.
         for _, members in group_rows(rows, comparison.models):
-            draw_stairs(axes, members, loss)
+            draw_stairs(axes, members, loss, rising=loss in comparison.rising)
     save_plot(figure, axes, comparison, looks, rows, loss)
     return figure
 
 
-def draw_stairs(axes: Axes, rows: pd.DataFrame, loss: str) -> None:
-    """Draw the lowest loss at that many effective bits or fewer."""
-    stairs = rows.sort_values(["effective_bits", loss])
-    least = stairs[loss].cummin()
+def draw_stairs(axes: Axes, rows: pd.DataFrame, loss: str, *, rising: bool = False) -> None:
+    """Draw the lowest loss, or the highest if it is `rising`, at that many bits or fewer."""
+    stairs = rows.sort_values(["effective_bits", loss], ascending=[True, not rising])
+    least = (-stairs[loss] if rising else stairs[loss]).cummin()
     stairs = stairs[least.diff().fillna(-1) < 0]
     axes.step(
         [*stairs["effective_bits"], rows["effective_bits"].max()],
@@ -271,10 +271,11 @@ def save_plot(
 ) -> None:
     """Add the dense model, a scale that fits and the legend."""
     levels: list[float] = []
-    if loss == "compressed":
+    if loss.startswith("compressed"):
         same_text = comparison.runs["text"].isin(rows["text"])
-        levels = comparison.runs.loc[same_text, "dense"].dropna().unique().tolist()
-    if loss == "difference":
+        dense = loss.replace("compressed", "dense", 1)
+        levels = comparison.runs.loc[same_text, dense].dropna().unique().tolist()
+    if loss.startswith("difference"):
         levels = [0.0]
     for level in levels:
         axes.axhline(level, color="#59626c", linewidth=0.7, linestyle=":", label="level")

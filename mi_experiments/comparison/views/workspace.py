@@ -67,17 +67,21 @@ def build_workspace(comparison: Comparison) -> ws.Workspace:
     entity, project = find_project(comparison)
     sweeps = find_sweeps(comparison)
     texts = comparison.runs["text"].dropna().unique()
-    perplexities = {str(text): wr.SummaryMetric(f"compressed/{text}/perplexity") for text in texts}
+    measured = {
+        f"{name} on {text}": f"compressed/{text}/{name}"
+        for name in measured_names(comparison)
+        for text in texts
+    }
     bits = wr.SummaryMetric("bits/effective")
     frontier: list[wr.PanelTypes] = [
-        wr.ScatterPlot(title=f"perplexity on {text} against {label_of(name)}", x=axis, y=perplexity)
-        for text, perplexity in perplexities.items()
+        wr.ScatterPlot(title=f"{title} against {label_of(name)}", x=axis, y=wr.SummaryMetric(key))
+        for title, key in measured.items()
         for name, axis in (("effective_bits", bits), ("nsamples", wr.Config("nsamples")))
     ]
     uprights: list[tuple[str, wr.Config | wr.SummaryMetric]] = [
         *(("log " * (name == "nsamples") + name, wr.Config(name)) for name in AXES),
         ("effective bits", bits),
-        *((f"perplexity on {text}", perplexity) for text, perplexity in perplexities.items()),
+        *((title, wr.SummaryMetric(key)) for title, key in measured.items()),
     ]
     parallel: wr.PanelTypes = wr.ParallelCoordinatesPlot(
         title="settings and results",
@@ -105,10 +109,16 @@ def build_workspace(comparison: Comparison) -> ws.Workspace:
             pinned_columns=[
                 *(f"config:{name}" for name in (*AXES, "grouping")),
                 "summary:bits/effective",
-                *(f"summary:compressed/{text}/perplexity" for text in texts),
+                *(f"summary:{key}" for key in measured.values()),
             ],
         ),
     )
+
+
+def measured_names(comparison: Comparison) -> list[str]:
+    """Return the names of what was measured of any run."""
+    texts = (text for run in comparison.details.values() for text in run.result.dense.values())
+    return list(dict.fromkeys(name for text in texts for name in text.measurements))
 
 
 def curves(axis: str) -> list[wr.PanelTypes]:
