@@ -1,7 +1,6 @@
 """`mi-run` in this process, on a tiny model and text."""
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -27,15 +26,10 @@ def mi_run(
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["mi-run", *arguments])
         code = 0
-        handlers, level = logging.root.handlers[:], logging.root.level
         try:
             main()
         except SystemExit as left:
             code = int(left.code or 0)
-        finally:
-            # What Hydra logs to ends with its process.
-            logging.root.handlers[:] = handlers
-            logging.root.setLevel(level)
         captured = capfd.readouterr()
         return Ended(code, captured.out, captured.err)
 
