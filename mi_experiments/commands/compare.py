@@ -12,19 +12,21 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from mi_experiments.comparison.formats import draw, write_table
-from mi_experiments.comparison.identity import kept_apart, mixtures
-from mi_experiments.comparison.inert import visible
-from mi_experiments.comparison.run_table import (
+from mi_experiments.comparison.columns import (
     COUNT,
     INTERVAL,
     averaged_columns,
     find_column,
-    read_runs,
     result_columns,
     show_value,
     synonyms,
     varying,
+)
+from mi_experiments.comparison.formats import draw, write_table
+from mi_experiments.comparison.identity import kept_apart, mixtures
+from mi_experiments.comparison.inert import visible
+from mi_experiments.comparison.run_table import (
+    read_runs,
 )
 from mi_experiments.comparison.statistics import (
     add_difference,

@@ -11,8 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mi_experiments.comparison.columns import (
+    COUNT,
+    INTERVAL,
+    is_result,
+    show_value,
+)
 from mi_experiments.comparison.inert import escape_markdown, escape_spreadsheet, visible
-from mi_experiments.comparison.run_table import COUNT, INTERVAL, is_result, show_value
 
 UNFOLDED = 10_000
 """A width, in characters, that no table reaches: files and pipes get their rows in one line."""

@@ -16,7 +16,15 @@ import pandas as pd
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mi_experiments.comparison.run_table import cells, find_runs, find_settings, stands_for, varying
+from mi_experiments.comparison.columns import (
+    cells,
+    find_settings,
+    stands_for,
+    varying,
+)
+from mi_experiments.comparison.run_table import (
+    find_runs,
+)
 from mi_experiments.errors import InputError
 from mi_experiments.method.grouping import adjusted_rand_index
 from mi_experiments.persistence.plain_json import BrokenRecord, parse_json

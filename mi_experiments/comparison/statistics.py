@@ -11,8 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from mi_experiments.comparison.identity import PROVENANCE, tell_models_apart
-from mi_experiments.comparison.run_table import (
+from mi_experiments.comparison.columns import (
     COUNT,
     INTERVAL,
     averaged_columns,
@@ -25,6 +24,7 @@ from mi_experiments.comparison.run_table import (
     stands_for,
     varying,
 )
+from mi_experiments.comparison.identity import PROVENANCE, tell_models_apart
 from mi_experiments.errors import InputError
 
 

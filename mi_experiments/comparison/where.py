@@ -6,7 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from mi_experiments.comparison.run_table import find_column
+from mi_experiments.comparison.columns import (
+    find_column,
+)
 from mi_experiments.errors import InputError
 
 WORDS = {"null": None, "true": True, "false": False}

@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 from synthetic_runs import make_broken_run, make_run
 
-from mi_experiments.comparison.run_table import find_column, flatten, read_runs, varying
+from mi_experiments.comparison.columns import (
+    find_column,
+    varying,
+)
+from mi_experiments.comparison.run_table import (
+    flatten,
+    read_runs,
+)
 from mi_experiments.errors import InputError
 from mi_experiments.records.result import RESULT, read_result
 

@@ -144,7 +144,7 @@ def test_against_an_edited_record_names_the_file(
     whole = (run_dir / "result.json").read_text()
     for lie in (
         lambda r: r["bits"].update(effective=1.0),
-        lambda r: r["compressed"]["stories"].update(perplexity=1.65),
+        lambda r: r["compressed"]["stories"]["measurements"]["perplexity"].update(value=1.65),
         lambda r: r.update(compressed_sha256=None),
     ):
         change_file(run_dir / "result.json", lie)

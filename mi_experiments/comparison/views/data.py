@@ -13,20 +13,22 @@ from typing import Any
 
 import pandas as pd
 
-from mi_experiments.comparison.identity import tell_models_apart
-from mi_experiments.comparison.run_table import (
+from mi_experiments.comparison.columns import (
     COUNT,
     DOTTED,
     INTERVAL,
     MEASURED,
     column_of,
-    find_runs,
     find_settings,
     measured_columns,
     result_columns,
     settings,
     show_value,
     varying,
+)
+from mi_experiments.comparison.identity import tell_models_apart
+from mi_experiments.comparison.run_table import (
+    find_runs,
 )
 from mi_experiments.errors import InputError
 from mi_experiments.evaluation.measurements import MEASUREMENTS

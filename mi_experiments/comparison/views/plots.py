@@ -17,7 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from mi_experiments.comparison.run_table import INTERVAL, cells, show_value, varying
+from mi_experiments.comparison.columns import (
+    INTERVAL,
+    cells,
+    show_value,
+    varying,
+)
 from mi_experiments.comparison.views.data import (
     INFORMATION,
     LAYER_METRICS,

@@ -9,7 +9,14 @@ import pandas as pd
 import pytest
 from synthetic_runs import compare_runs, make_broken_run, make_linears, make_run
 
-from mi_experiments.comparison.run_table import AVERAGED, COUNT, INTERVAL, read_runs
+from mi_experiments.comparison.columns import (
+    AVERAGED,
+    COUNT,
+    INTERVAL,
+)
+from mi_experiments.comparison.run_table import (
+    read_runs,
+)
 from mi_experiments.comparison.statistics import average_over
 from mi_experiments.comparison.views.data import (
     LAYER_METRICS,
