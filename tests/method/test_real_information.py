@@ -123,6 +123,7 @@ def test_copula_misses_what_bins_and_neighbours_see(pairs: list[Tensor], truth: 
     assert unseen.double().mean() > 0.5
 
 
+@pytest.mark.slow
 def test_all_agree_where_the_copula_is_gaussian(pairs: list[Tensor]) -> None:
     """Each pair is replaced by Gaussian tokens of the same correlation of normal scores."""
     twins, known = [], []
