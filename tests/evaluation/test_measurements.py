@@ -26,6 +26,7 @@ from mi_experiments.errors import NumericalError
 from mi_experiments.evaluation.accuracy import token_hits
 from mi_experiments.evaluation.measure_text import measure_text
 from mi_experiments.evaluation.measurements import MEASUREMENTS, Kind, average, measurement
+from mi_experiments.llm.walker import Walker
 from mi_experiments.records.record_check import check_record
 from mi_experiments.records.result import RESULT, Result, read_result, write_result
 from mi_experiments.records.tracking import summary_of
@@ -49,12 +50,12 @@ def test_accuracy_is_how_often_the_argmax_of_plain_logits_comes() -> None:
         counts.append(len(window) - 1)
     assert 0 < sum(hits) < sum(counts)
     found = measure_text(
-        model, windows, ["perplexity", "accuracy"], batch_tokens=20, logits_chunk=5
+        Walker(model), windows, ["perplexity", "accuracy"], batch_tokens=20, logits_chunk=5
     )
     mean, standard_error = average(hits, counts)
     assert found["accuracy"].value == found["accuracy"].mean == mean == sum(hits) / sum(counts)
     assert found["accuracy"].standard_error == standard_error
-    alone = measure_text(model, windows, batch_tokens=20, logits_chunk=5)
+    alone = measure_text(Walker(model), windows, batch_tokens=20, logits_chunk=5)
     assert alone == {"perplexity": found["perplexity"]}
 
 
@@ -66,7 +67,7 @@ def test_several_measurements_take_one_forward() -> None:
 
     def forwards(*names: str) -> int:
         calls.clear()
-        measure_text(model, [window], names, batch_tokens=32, logits_chunk=4)
+        measure_text(Walker(model), [window], names, batch_tokens=32, logits_chunk=4)
         return len(calls)
 
     assert forwards("perplexity") == forwards("perplexity", "accuracy") == forwards("accuracy")
@@ -81,7 +82,9 @@ def test_logits_that_are_not_finite_are_no_miss() -> None:
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = math.nan
     with pytest.raises(NumericalError, match=r"window 0 of 1 .*: its accuracy is nan"):
-        measure_text(model, [torch.arange(3, 20)], ["accuracy"], batch_tokens=32, logits_chunk=4)
+        measure_text(
+            Walker(model), [torch.arange(3, 20)], ["accuracy"], batch_tokens=32, logits_chunk=4
+        )
 
 
 def test_a_record_of_a_perplexity_alone_is_read_and_hashed_as_before() -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from composed import config_of
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import (
