@@ -23,7 +23,7 @@ test: $(VENV)/installed
 test-slurm: $(VENV)/installed
 	command -v slurmctld slurmd munged sbatch >/dev/null || { apt-get update -qq && \
 		apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; }
-	$(BIN)/python -m pytest -m slow tests/test_launchers.py $(ARGS)
+	$(BIN)/python -m pytest -m slow tests/sweeps/test_launchers.py $(ARGS)
 
 check: lint types test
 

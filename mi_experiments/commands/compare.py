@@ -25,9 +25,7 @@ from mi_experiments.comparison.columns import (
 from mi_experiments.comparison.formats import draw, write_table
 from mi_experiments.comparison.identity import kept_apart, mixtures
 from mi_experiments.comparison.inert import visible
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import (
     add_difference,
     average_over,

@@ -22,9 +22,7 @@ from mi_experiments.comparison.columns import (
     stands_for,
     varying,
 )
-from mi_experiments.comparison.run_table import (
-    find_runs,
-)
+from mi_experiments.comparison.run_table import find_runs
 from mi_experiments.errors import InputError
 from mi_experiments.method.grouping import adjusted_rand_index
 from mi_experiments.persistence.plain_json import BrokenRecord, parse_json

@@ -6,9 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from mi_experiments.comparison.columns import (
-    find_column,
-)
+from mi_experiments.comparison.columns import find_column
 from mi_experiments.errors import InputError
 
 WORDS = {"null": None, "true": True, "false": False}

@@ -17,9 +17,7 @@ import pytest
 from synthetic_runs import make_broken_run, make_run
 
 from mi_experiments.commands.compare import main
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import average_over
 from mi_experiments.records.result import RESULT
 

@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 from command_line import Ended, run_directories
 
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.compression import pipeline
 from mi_experiments.records.result import read_result
 

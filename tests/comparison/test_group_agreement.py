@@ -10,9 +10,7 @@ from synthetic_runs import make_broken_run, make_run
 
 from mi_experiments.commands.compare import main
 from mi_experiments.comparison.group_agreement import agreement_over, read_groups
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.errors import InputError
 
 EQUAL, HALVES, CROSSED = [0, 0, 1, 1], [0, 0, 1, 1], [0, 1, 0, 1]

@@ -8,12 +8,8 @@ import pytest
 from synthetic_runs import make_run
 
 from mi_experiments.commands.compare import main
-from mi_experiments.comparison.columns import (
-    varying,
-)
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.columns import varying
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import add_difference, average_over, pivot
 from mi_experiments.errors import InputError
 

@@ -8,9 +8,7 @@ import pandas as pd
 import pytest
 from synthetic_runs import make_broken_run, make_run
 
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import (
     add_difference,
     average_over,

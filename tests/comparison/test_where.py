@@ -6,9 +6,7 @@ import pandas as pd
 import pytest
 from synthetic_runs import make_broken_run, make_run
 
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.where import select_rows
 from mi_experiments.errors import InputError
 

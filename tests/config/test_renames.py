@@ -10,12 +10,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from synthetic_runs import make_run
 
-from mi_experiments.comparison.columns import (
-    find_column,
-)
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.columns import find_column
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.config.compose import explain, from_hydra, to_plain
 from mi_experiments.config.config import Config
 from mi_experiments.config.fields import hint_at

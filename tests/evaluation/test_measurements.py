@@ -13,12 +13,8 @@ from tiny_models import build_tiny_model
 
 from mi_experiments.commands.compare import main
 from mi_experiments.commands.run_tables import print_result
-from mi_experiments.comparison.columns import (
-    find_column,
-)
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.columns import find_column
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import add_difference, average_over
 from mi_experiments.comparison.views.data import to_plain
 from mi_experiments.config.renames import text_with_measurements, text_without_measurements

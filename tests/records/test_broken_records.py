@@ -10,9 +10,7 @@ import pytest
 from synthetic_runs import make_broken_run, make_linears, make_manifest, make_run
 
 from mi_experiments.commands.compare import main
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.errors import InputError
 from mi_experiments.persistence.commits import read_manifest
 from mi_experiments.records.linears import LINEARS, TIMINGS, read_linears

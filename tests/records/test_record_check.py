@@ -10,9 +10,7 @@ import pytest
 from synthetic_runs import make_linears, make_manifest, make_run
 
 from mi_experiments.commands.compare import main
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import average_over
 from mi_experiments.records.linears import LINEARS, read_linears, write_linears
 from mi_experiments.records.record_check import MANIFEST, check_record

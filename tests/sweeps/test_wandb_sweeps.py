@@ -15,9 +15,7 @@ from wandb.sdk.launch.sweeps.utils import (
 )
 from wandb_records import read_records, read_rows, read_summary
 
-from mi_experiments.comparison.run_table import (
-    flatten,
-)
+from mi_experiments.comparison.run_table import flatten
 from mi_experiments.config.compose import conf_directory, to_plain
 from mi_experiments.records.linears import METRICS, read_linears
 from mi_experiments.records.result import read_result

@@ -27,9 +27,7 @@ from mi_experiments.comparison.columns import (
     varying,
 )
 from mi_experiments.comparison.identity import tell_models_apart
-from mi_experiments.comparison.run_table import (
-    find_runs,
-)
+from mi_experiments.comparison.run_table import find_runs
 from mi_experiments.errors import InputError
 from mi_experiments.evaluation.measurements import MEASUREMENTS
 from mi_experiments.persistence.plain_json import BrokenRecord

@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mi_experiments.comparison.columns import (
-    INTERVAL,
-)
+from mi_experiments.comparison.columns import INTERVAL
 from mi_experiments.comparison.views.data import label_of
 
 STYLE: dict[Any, Any] = {

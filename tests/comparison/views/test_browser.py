@@ -12,9 +12,7 @@ from chromium import Node, Opened, Tree, open_page
 from synthetic_runs import HOSTILE, make_broken_run, make_linears, make_run
 
 from mi_experiments.commands.compare import main
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import average_over
 from mi_experiments.records.linears import read_linears
 from mi_experiments.records.result import read_result

@@ -11,9 +11,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from synthetic_runs import compare_runs, make_broken_run, make_linears, make_run
 
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import average_over
 from mi_experiments.comparison.views.data import linears_with_kinds
 from mi_experiments.comparison.views.plots import (

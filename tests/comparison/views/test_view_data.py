@@ -14,9 +14,7 @@ from mi_experiments.comparison.columns import (
     COUNT,
     INTERVAL,
 )
-from mi_experiments.comparison.run_table import (
-    read_runs,
-)
+from mi_experiments.comparison.run_table import read_runs
 from mi_experiments.comparison.statistics import average_over
 from mi_experiments.comparison.views.data import (
     LAYER_METRICS,
