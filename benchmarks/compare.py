@@ -1,7 +1,7 @@
 """Time mi-compare on recorded sweeps of the size of a paper, each command in its own process.
 
-The records are invented (tests/synthetic_runs.py); their number and shape are those of a sweep
-over a 7B model: 225 linears a run.
+The records are invented (tests/fixtures/synthetic_runs.py); their number and shape are those of a
+sweep over a 7B model: 225 linears a run.
 
     python benchmarks/compare.py --runs 200
 """
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
 
 from synthetic_runs import make_linears, make_run  # noqa: E402 - after the path to it
 
