@@ -1,9 +1,10 @@
 """Rows of papers run end to end on a tiny random model of their architecture, without a network.
 
 `mi-reproduce TABLE --model DIR --short` is what runs: the row as it is, its model replaced by one
-that tests/fixtures/published_models.py writes, its texts from directories in the hub's format, and
-what is long made short by conf/rehearsal.yaml (sequence length, calibration samples, windows). What each
-row reads is read here again, from the words of the protocol; what it stores is counted by hand.
+that tests/fixtures/published_models.py writes, its texts from directories in the hub's format.
+What is long is made short by conf/rehearsal.yaml (sequence length, calibration samples, windows).
+What each row reads is read here again, from the words of the protocol, and what it stores is
+counted by hand.
 """
 
 import json
