@@ -5,7 +5,7 @@ the residual stream lands on hidden states that have drifted. Both differences a
 block and its dense copy on the same samples side by side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.matmul_hooks import replace_output
+from mi_experiments.llm.matmul_hooks import on_input, replace_output, replace_product
 from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.sites import Site
 
@@ -57,8 +57,8 @@ class DensePair:
     dense: Block
 
     @cached_property
-    def writers(self) -> dict[str, tuple[str, ...]]:
-        """For each linear that writes to the residual stream, all that run later."""
+    def writers(self) -> dict[str, "Writer"]:
+        """The linears that write to the residual stream."""
         return find_writers(self.dense)
 
     @classmethod
@@ -77,13 +77,21 @@ class DensePair:
         stream.batch_size = block.stream.batch_size = size
         return cls(block, block.copy(stream))
 
+    def open_pieces(self) -> None:
+        """Begin one forward pass of each model, if the sums of what writers add are exact."""
+        leading = {linear.name for site in self.block.leading for linear in site.linears}
+        if all(writer.summed for name, writer in self.writers.items() if name in leading):
+            self.block.open_pieces(self.writers)
+            self.dense.open_pieces(self.writers)
+
     def shrink(self, reason: str) -> None:
-        """Halve the samples per forward pass of both, because memory is short.
+        """Go on with less memory, see `Block.shrink`.
 
         Raises:
-            MemoryShortage: It is one sample already.
+            MemoryShortage: If there is no room for a replay of one sample.
         """
-        self.block.stream.shrink(reason)
+        self.dense.close_pieces()
+        self.block.shrink(reason)
         self.dense.stream.batch_size = self.block.stream.batch_size
 
     def observe(self, site: Site) -> Iterator[Observation]:
@@ -97,24 +105,35 @@ class DensePair:
         (dense_site,) = [
             dense_site for dense_site in self.dense.sites if dense_site.name == site.name
         ]
-        later = self.writers.get(site.linears[0].name)
-        now, before = (
-            (walk_inputs(self.block, site), walk_inputs(self.dense, dense_site))
-            if later is None
-            else (walk_writer(self.block, site, later), walk_writer(self.dense, dense_site, later))
-        )
-        for (compressed, after), (dense, wanted) in zip(now, before, strict=True):
+        writer = self.writers.get(site.linears[0].name)
+        for (compressed, after), (dense, wanted) in zip(
+            walk_site(self.block, site, writer), walk_site(self.dense, dense_site, writer), strict=True
+        ):
             drift = wanted - after if wanted is not None and after is not None else None
             yield Observation(compressed, dense, drift)
 
     def advance(self) -> Stream:
         """Take the dense hidden states through the dense block and return them."""
-        self.dense.stream.advance(self.dense.name, self.dense.module)
+        self.dense.advance()
         return self.dense.stream
 
 
+@dataclass(frozen=True)
+class Writer:
+    """A linear whose output is added to the residual stream.
+
+    Attributes:
+        later: All linears that run after it, in execution order.
+        summed: Whether the stream that it adds to is, bit for bit, what the block reads plus the
+            outputs of the writers before it, added in execution order.
+    """
+
+    later: tuple[str, ...]
+    summed: bool
+
+
 @torch.no_grad()
-def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
+def find_writers(block: Block) -> dict[str, Writer]:
     """Find the linears that read alone and whose output is added to the residual stream, by trying.
 
     With everything silenced that runs later, a writer is a linear without whose output y the
@@ -122,29 +141,56 @@ def find_writers(block: Block) -> dict[str, tuple[str, ...]]:
     normalise the output before adding it (Gemma-2) have no writers. Experts are not tried: what
     they give is weighted by the router.
 
+    Tried are the first samples of the stream. Every linear but the experts is multiplied by once;
+    in the trials it answers from memory.
+
     Returns:
-        For each writer the linears that run later, in execution order.
+        The writers by name, in execution order.
     """
     _, hidden, call = next(block.batches())
-    later: tuple[str, ...] = ()
-    writers: dict[str, tuple[str, ...]] = {}
-    for site in reversed(block.sites):
+    remembered: dict[str, Tensor] = {}
+
+    def remember(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
+        remembered[linear.name] = output.clone()
+        return output
+
+    plain = [linear for linear in block.linears if linear.expert is None]
+    with replace_output(plain, remember):
+        call.replay(block.module, hidden)
+
+    def result(silenced: Collection[str]) -> Tensor:
+        with silence(block, silenced, remembered):
+            return call.replay(block.module, hidden)
+
+    order = [linear.name for site in block.sites for linear in site.linears]
+    writers: dict[str, Writer] = {}
+    total = hidden
+    for site in block.sites:
         linear = site.linears[0]
-        if len(site.linears) == 1 and not site.routed and linear.rows == hidden.shape[-1]:
-            with silence(block, later), capture(linear) as seen:
-                with_it = call.replay(block.module, hidden)
-            with silence(block, (linear.name, *later)):
-                without = call.replay(block.module, hidden)
-            added = seen[1].reshape(with_it.shape)
-            miss = (with_it - added - without).float().norm() / added.float().norm()
-            if miss <= WRITER_TOLERANCE:
-                writers[linear.name] = later
-        later = (*(linear.name for linear in site.linears), *later)
+        if len(site.linears) > 1 or site.routed or linear.rows != hidden.shape[-1]:
+            continue
+        later = tuple(order[order.index(linear.name) + 1 :])
+        with_it, without = result(later), result((linear.name, *later))
+        added = remembered[linear.name].reshape(with_it.shape)
+        miss = (with_it - added - without).float().norm() / added.float().norm()
+        if miss <= WRITER_TOLERANCE:
+            writers[linear.name] = Writer(later, summed=torch.equal(total, without))
+            total = total + added
     return writers
 
 
-def walk_inputs(block: Block, site: Site) -> Iterator[tuple[Float[Tensor, "tokens columns"], None]]:
-    """Yield what a site reads, a batch at a time."""
+def walk_site(
+    block: Block, site: Site, writer: Writer | None
+) -> Iterator[tuple[Float[Tensor, "tokens columns"], Float[Tensor, "tokens rows"] | None]]:
+    """Yield what a site reads, and the residual stream that its writer adds to, batch by batch."""
+    if block.pieces is not None and block.pieces.next is site:
+        for _, inputs, residual in block.pieces.read(site):
+            yield inputs, residual if writer is not None else None
+        return
+    block.close_pieces()
+    if writer is not None:
+        yield from walk_writer(block, site, writer.later)
+        return
     read: list[Tensor] = []
     for _ in block.feed_batches([site], lambda _, inputs: read.append(inputs)):
         yield read.pop(), None
@@ -158,31 +204,26 @@ def walk_writer(
     The stream is the output of the block with this writer and all later linears silenced.
     """
     (linear,) = site.linears
+    inputs: list[Tensor] = []
     for _, hidden, call in block.batches():
         silent = silence(block, (linear.name, *later))
-        with torch.no_grad(), silent, capture(linear) as inputs:
+        # A copy, because some blocks go on in place.
+        read = on_input([linear], lambda _, x: inputs.append(x.clone()))
+        with torch.no_grad(), silent, read:
             residual = call.replay(block.module, hidden)
-        yield inputs[0].flatten(0, -2), residual.flatten(0, -2)
+        yield inputs.pop().flatten(0, -2), residual.flatten(0, -2)
 
 
 @contextmanager
-def silence(block: Block, names: Sequence[str]) -> Iterator[None]:
-    """Let linears of a block return zeros."""
-    silent = set(names)
-    chosen = [linear for linear in block.linears if linear.name in silent]
-    with replace_output(chosen, lambda linear, inputs, output: torch.zeros_like(output)):
+def silence(
+    block: Block, names: Collection[str], remembered: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Let linears of a block return zeros, and others what is remembered of them."""
+    silent, known = set(names), remembered or {}
+    chosen = [linear for linear in block.linears if linear.name in silent or linear.name in known]
+
+    def answer(linear: LinearView) -> Tensor | None:
+        return None if linear.name in silent else known[linear.name]
+
+    with replace_product(chosen, answer):
         yield
-
-
-@contextmanager
-def capture(linear: LinearView) -> Iterator[list[Tensor]]:
-    """Keep what a linear reads and returns, in this order."""
-    seen: list[Tensor] = []
-
-    def keep(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
-        # Copies, because some blocks go on in place.
-        seen.extend((inputs.clone(), output.clone()))
-        return output
-
-    with replace_output([linear], keep):
-        yield seen

@@ -85,7 +85,7 @@ def measure_hessians(block: Block, sites: Sequence[Site], config: Config) -> dic
         block.feed(sites, consume)
         return {site.name: finish_hessian(block, site, accumulators[site.name]) for site in sites}
 
-    return until_it_fits(measure, block.stream.shrink)
+    return until_it_fits(measure, block.shrink)
 
 
 def in_passes(block: Block, sites: Sequence[Site]) -> Iterator[list[Site]]:
@@ -152,7 +152,7 @@ def measure_scarce(
         feed_all_tokens(block, scarce, consume)
         return {site.name: finish_hessian(block, site, accumulators[site.name]) for site in scarce}
 
-    return until_it_fits(measure, block.stream.shrink)
+    return until_it_fits(measure, block.shrink)
 
 
 def measure_dense_pair(pair: DensePair, site: Site) -> tuple[Hessian, Drift]:

@@ -48,6 +48,7 @@ def measure_sites(
         stages = [list(block.sites)]
     else:
         stages = [list(sites) for _, sites in groupby(block.sites, lambda site: site.stage)]
+        (pair or block).open_pieces()
     for sites in stages:
         if pair is not None and not sites[0].routed:
             hessian, drift = measure_dense_pair(pair, sites[0])

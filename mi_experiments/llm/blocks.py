@@ -1,9 +1,10 @@
 """One decoder block of a walk, with the hidden states that it reads."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -13,11 +14,13 @@ from mi_experiments.errors import InputError
 from mi_experiments.llm.calls import Call, Stop
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.matmul_hooks import on_input
+from mi_experiments.llm.pieces import Pieces
 from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.sites import Site
+from mi_experiments.out_of_memory import note_retry, until_it_fits
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Block:
     """One decoder block, at the moment when the stream stands before it.
 
@@ -29,6 +32,8 @@ class Block:
         sites: The same linears by the tensor that they read, in execution order.
         stream: The hidden states that the block reads.
         hessian_bytes: See `Walker`.
+        piecewise: Whether batches may go through it by turns, see `open_pieces`.
+        pieces: The forward pass that has begun.
     """
 
     index: int
@@ -38,6 +43,68 @@ class Block:
     sites: tuple[Site, ...]
     stream: Stream
     hessian_bytes: int | None = None
+    piecewise: bool = False
+    pieces: Pieces | None = field(default=None, init=False)
+
+    @property
+    def leading(self) -> tuple[Site, ...]:
+        """The sites before the first routed one, whose batches each have tokens for them."""
+        return tuple(itertools.takewhile(lambda site: not site.routed, self.sites))
+
+    def open_pieces(self, writers: Collection[str] = ()) -> None:
+        """Begin one forward pass that goes from site to site as they are fed, and then to the end.
+
+        It serves the sites before the first routed one. Experts are fed by replays: those of one
+        parameter run in turns with those of another, on tokens that differ from batch to batch.
+
+        Args:
+            writers: Linears whose output is added to the residual stream, see `Pieces.read`.
+        """
+        if self.piecewise and self.leading:
+            self._check_position()
+            self.pieces = Pieces(self.name, self.module, self.leading, self.stream, writers)
+
+    def close_pieces(self) -> None:
+        """End a forward pass that has begun; what comes after it is replayed."""
+        if self.pieces is not None:
+            self.pieces.close()
+            self.pieces = None
+
+    def shrink(self, reason: str) -> None:
+        """Go on with less memory: with replays, and when they do not fit with smaller batches.
+
+        Raises:
+            MemoryShortage: If there is no room for a replay of one sample.
+        """
+        if self.pieces is None:
+            self.stream.shrink(reason)
+            return
+        self.close_pieces()
+        note_retry("a replay of the block for each site", reason)
+
+    def advance(self) -> None:
+        """Take the hidden states through the block, by the pass that has begun or by a replay.
+
+        Raises:
+            InputError: As `Stream.advance` does, and the other errors too.
+        """
+        if self.stream.position != self.index:
+            return
+        done = 0
+
+        def finish() -> None:
+            nonlocal done
+            if self.pieces is None:
+                return
+            if self.pieces.next is not None:
+                self.close_pieces()
+                return
+            for start, output in self.pieces.outputs():
+                done = self.stream.put(self.name, self.module, start, output)
+            self.pieces = None
+
+        until_it_fits(finish, self.shrink)
+        self.stream.advance(self.name, self.module, done)
 
     def feed(
         self,
@@ -73,6 +140,14 @@ class Block:
             raise ValueError(f"{self.name} has no such sites: {foreign}")
         if not sites:
             return
+        if self.pieces is not None:
+            if [*sites] == [self.pieces.next]:
+                self._check_position()
+                for start, inputs, _ in self.pieces.read(sites[0]):
+                    consume(sites[0], inputs)
+                    yield start
+                return
+            self.close_pieces()
         reached: set[Site] = set()
 
         def read(linear: LinearView, tensor: Tensor) -> None:
@@ -105,9 +180,13 @@ class Block:
         Raises:
             RuntimeError: If the walk has already gone past this block.
         """
+        self._check_position()
+        return self.stream.batches()
+
+    def _check_position(self) -> None:
+        """Raise if the walk has gone past this block."""
         if self.stream.position != self.index:
             raise RuntimeError(f"the walk has left {self.name}; feed a block before the next one")
-        return self.stream.batches()
 
     def copy(self, stream: Stream) -> "Block":
         """Copy the block with its present weights, to read other hidden states."""

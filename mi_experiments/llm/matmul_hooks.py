@@ -22,6 +22,7 @@ from mi_experiments.llm.inventory import LinearView
 
 Read = Callable[[LinearView, Tensor], None]
 Change = Callable[[LinearView, Tensor, Tensor], Tensor]
+Answer = Callable[[LinearView], Tensor | None]
 Layout = tuple[Any, ...]
 
 
@@ -31,10 +32,11 @@ def on_input(linears: Iterable[LinearView], read: Read) -> Iterator[None]:
 
     Args:
         linears: What to hook; while it is watched, a weight must stay where it is in memory.
-        read: May raise, to end the pass. If the model multiplies the other way round than a view
-            says, it gets the view that is right.
+        read: May raise, to end the pass, or write another weight, which is then multiplied by. If
+            the model multiplies the other way round than a view says, it gets the view that is
+            right.
     """
-    with _MatmulHooks(linears, read, None):
+    with _MatmulHooks(linears, read=read):
         yield
 
 
@@ -48,7 +50,27 @@ def replace_output(linears: Iterable[LinearView], change: Change) -> Iterator[No
         linears: What to hook, as in ``on_input``.
         change: May return the output itself.
     """
-    with _MatmulHooks(linears, None, change):
+    with _MatmulHooks(linears, change=change):
+        yield
+
+
+@contextmanager
+def read_and_change(linears: Iterable[LinearView], read: Read, change: Change) -> Iterator[None]:
+    """Do as `on_input` and as `replace_output` in one pass."""
+    with _MatmulHooks(linears, read=read, change=change):
+        yield
+
+
+@contextmanager
+def replace_product(linears: Iterable[LinearView], answer: Answer) -> Iterator[None]:
+    """Let linears answer without being multiplied by: with what was remembered, or with zeros.
+
+    Args:
+        linears: What to hook, as in `on_input`. Experts must be multiplied by: of them only the
+            output is replaced.
+        answer: Returns the output of a linear; None for zeros.
+    """
+    with _MatmulHooks(linears, answer=answer):
         yield
 
 
@@ -102,16 +124,24 @@ class _MatmulHooks(TorchFunctionMode):
     """Recognizes multiplications by watched weights, and calls back."""
 
     def __init__(
-        self, linears: Iterable[LinearView], read: Read | None, change: Change | None
+        self,
+        linears: Iterable[LinearView],
+        *,
+        read: Read | None = None,
+        change: Change | None = None,
+        answer: Answer | None = None,
     ) -> None:
         super().__init__()
         self.read = read
         self.change = change
+        self.answer = answer
         self.places: dict[Layout, _Match] = {}
         # Where the numbers of a watched weight are elsewhere in memory, and those of any tensor in
         # a wider dtype, which reads as the tensor itself: sites do not depend on the model's dtype.
         self.copies: Any = WeakIdKeyDictionary()
         self.widened: Any = WeakIdKeyDictionary()
+        # How to make a copy of a weight again, if `read` has written another one meanwhile.
+        self.made: Any = WeakIdKeyDictionary()
         fused: dict[Layout, list[LinearView]] = {}
         for linear in linears:
             self._place(linear.stored, [linear])
@@ -135,12 +165,14 @@ class _MatmulHooks(TorchFunctionMode):
         if func in _CASTS and result is not args[0]:
             if (match := self._find(args[0])) is not None:
                 self.copies[result] = match
+                self.made[result] = (func, args, named, args[0]._version)
             elif torch.promote_types(args[0].dtype, result.dtype) == result.dtype:
                 self.widened[result] = (args[0], args[0]._version)
         elif func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].ndim:
             match = self._find(args[0])
             if match is not None and match.linears[0].expert is not None:
                 self.copies[result] = _Match(match.linears, match.turned, gathered=True)
+                self.made[result] = (func, args, named, args[0]._version)
         return result
 
     def _multiply(
@@ -172,22 +204,53 @@ class _MatmulHooks(TorchFunctionMode):
         fused = weight.ndim == 3 and not match.gathered
         apart = fused and inputs.ndim == 3 and len(inputs) == len(weight)
         parts = [inputs[linear.expert] if apart else inputs for linear in linears]
+        if self.answer is not None and not fused and linears[0].expert is None:
+            output = self._respond(linears[0], right.mT if swapped else left)
+            return output.mT if swapped else output
         if self.read is not None:
             for linear, part in zip(linears, parts, strict=True):
                 self.read(linear, part)
+            if (present := self._remake(weight)) is not weight:
+                args, named = _substitute(args, named, weight, present)
         result = func(*args, **named)
-        if self.change is None:
+        if self.change is None and self.answer is None:
             return result
         output = result.mT if swapped else result
         if fused:
             slices = list(output)
             for linear, part in zip(linears, parts, strict=True):
                 if linear.expert is not None:
-                    slices[linear.expert] = self.change(linear, part, slices[linear.expert])
+                    slices[linear.expert] = self._change(linear, part, slices[linear.expert])
             output = torch.stack(slices)
         else:
-            output = self.change(linears[0], inputs, output)
+            output = self._change(linears[0], inputs, output)
         return output.mT if swapped else output
+
+    def _change(self, linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return what goes on in the place of an output that was computed."""
+        if self.change is not None:
+            return self.change(linear, inputs, output)
+        assert self.answer is not None
+        answer = self.answer(linear)
+        return torch.zeros_like(output) if answer is None else answer.clone()
+
+    def _respond(self, linear: LinearView, inputs: Tensor) -> Tensor:
+        """Return what goes on in the place of an output that is not computed."""
+        assert self.answer is not None
+        shape = (*inputs.shape[:-1], linear.rows)
+        answer = self.answer(linear)
+        # A copy, because some blocks go on in place.
+        return inputs.new_zeros(shape) if answer is None else answer.reshape(shape).clone()
+
+    def _remake(self, weight: Tensor) -> Tensor:
+        """Return the copy of a weight as it would be made now, itself if that has not changed."""
+        if (made := self.made.get(weight)) is None:
+            return weight
+        func, args, named, version = made
+        source = self._remake(args[0])
+        if source is args[0] and source._version == version:
+            return weight
+        return func(source, *args[1:], **named)  # type: ignore[no-any-return]
 
     def _place(self, weight: Tensor, linears: Sequence[LinearView]) -> None:
         """Remember where a weight is, as stored and transposed."""
@@ -200,6 +263,14 @@ class _MatmulHooks(TorchFunctionMode):
             return None
         match: _Match | None = self.copies.get(tensor) or self.places.get(_layout(tensor))
         return match
+
+
+def _substitute(
+    args: tuple[Any, ...], named: dict[str, Any], old: Tensor, new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with another tensor in the place of one of them."""
+    positional = tuple(new if value is old else value for value in args)
+    return positional, {key: new if value is old else value for key, value in named.items()}
 
 
 def _layout(tensor: Tensor) -> Layout:

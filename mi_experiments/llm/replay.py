@@ -82,27 +82,42 @@ class Stream:
             yield hidden.to(self.device)
 
     @torch.no_grad()
-    def advance(self, name: str, module: nn.Module) -> None:
+    def advance(self, name: str, module: nn.Module, start: int = 0) -> None:
         """Replace the hidden states by what the block makes of them, with its present weights.
 
         Args:
             name: Path of the block, for messages.
             module: The block at ``position``.
+            start: The first sample for which that is still to be done.
 
         Raises:
             InputError: If the output is no hidden state of the same shape and dtype.
             MemoryShortage: If there is no room for a single sample.
             NumericalError: If a sample is not finite in it.
         """
-        start = 0
         while start < len(self.hidden):
-            start += until_it_fits(partial(self._advance_batch, name, module, start), self.shrink)
+            start = until_it_fits(partial(self._advance_batch, name, module, start), self.shrink)
         self.position += 1
 
     def _advance_batch(self, name: str, module: nn.Module, start: int) -> int:
-        """Do as `advance` on the batch that begins with a sample, and return its size."""
+        """Do as `advance` on the batch that begins with a sample, and return where it ends."""
         hidden, call = self._batch(start)
-        output = call.replay(module, hidden)
+        return self.put(name, module, start, call.replay(module, hidden))
+
+    def put(self, name: str, module: nn.Module, start: int, output: Tensor) -> int:
+        """Put what a block returned in the place of what it read, and return where the batch ends.
+
+        Args:
+            name: Path of the block, for messages.
+            module: The block at ``position``.
+            start: The first sample of the batch.
+            output: What the block returned.
+
+        Raises:
+            InputError: If that is no hidden state of the same shape and dtype.
+            NumericalError: If a sample is not finite in it.
+        """
+        hidden = self.hidden[start : start + self.batch_size]
         if output.shape != hidden.shape or output.dtype != hidden.dtype:
             raise InputError(
                 f"{name} turns {hidden.dtype} {[*hidden.shape]} into {output.dtype} "
@@ -110,7 +125,7 @@ class Stream:
             )
         self.finite.check_(output, start, f"the output of {name}", (name, module))
         self.hidden[start : start + len(output)].copy_(output)
-        return len(output)
+        return start + len(output)
 
 
 def check_tokens(model: PreTrainedModel, tokens: Int[Tensor, "nsamples seqlen"]) -> None:

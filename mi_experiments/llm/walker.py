@@ -28,6 +28,7 @@ from mi_experiments.llm.calls import (
 )
 from mi_experiments.llm.inventory import Inventory, block_list, take_inventory
 from mi_experiments.llm.nonfinite import FiniteCheck
+from mi_experiments.llm.pieces import keeps_state, state_of
 from mi_experiments.llm.replay import Stream, check_tokens
 from mi_experiments.llm.sites import find_sites
 from mi_experiments.llm.streaming import BlockWeights
@@ -49,6 +50,7 @@ class Walker:
         batch_size: Samples per forward pass; the last batch may be smaller.
         allocate: Makes room for hidden states; None for where blocks run.
         hessian_bytes: Bytes that the Hessians measured in one pass may take; None for no limit.
+        piecewise: Whether there is room for all batches halted inside a block, see `Pieces`.
     """
 
     model: PreTrainedModel
@@ -58,6 +60,7 @@ class Walker:
     batch_size: int = 1
     allocate: Allocate | None = None
     hessian_bytes: int | None = None
+    piecewise: bool = True
 
     @cached_property
     def inventory(self) -> Inventory:
@@ -119,12 +122,20 @@ class Walker:
             name = self.name(index)
             with self.hold(index):
                 find = partial(find_sites, name, module, linears_of_blocks[index], stream)
+                before = state_of(module)
                 sites = until_it_fits(find, stream.shrink)
+                piecewise = self.piecewise and not keeps_state(module, before)
                 # As the sites see them: running the block has shown which way round each one is.
                 views = {linear.name: linear for site in sites for linear in site.linears}
                 linears = tuple(views[linear.name] for linear in linears_of_blocks[index])
-                yield Block(index, name, module, linears, sites, stream, self.hessian_bytes)
-                stream.advance(name, module)
+                block = Block(
+                    index, name, module, linears, sites, stream, self.hessian_bytes, piecewise
+                )
+                try:
+                    yield block
+                    block.advance()
+                finally:
+                    block.close_pieces()
 
     def open_stream(
         self,
