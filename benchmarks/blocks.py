@@ -23,12 +23,12 @@ from solver import published_recursion
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mi_experiments.out_of_memory import map_large_pieces
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.config.compose import conf_directory, from_hydra
 from mi_experiments.llm.walker import Walker
 from mi_experiments.method.grid import fit_grid, scale_groups
 from mi_experiments.method.pruning import Sparsity
+from mi_experiments.out_of_memory import keep_small_pieces
 from mi_experiments.planning.plan import plan_compression
 
 BLOCKS = 2
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     hidden, mlp, samples, seqlen = arguments.shape
     torch.set_num_threads(1)
-    map_large_pieces()
+    keep_small_pieces()
     tokens = torch.randint(
         0, VOCABULARY, (samples, seqlen), generator=torch.Generator().manual_seed(1)
     )
@@ -78,7 +78,8 @@ def main() -> None:
     if arguments.profile:
         with cProfile.Profile(time.process_time) as profile:
             ours(build(), tokens, OURS[arguments.only or "default"])
-        pstats.Stats(profile).sort_stats("cumulative").print_stats(60)
+        for order in ("cumulative", "tottime"):
+            pstats.Stats(profile).sort_stats(order).print_stats(50)
         return
     runs: dict[str, list[Spent]] = {name: [] for name in ways}
     for _ in range(arguments.repeat):
@@ -129,9 +130,7 @@ def textbook(model: LlamaForCausalLM, tokens: Tensor) -> Spent:
     return spent
 
 
-def entering(
-    model: LlamaForCausalLM, tokens: Tensor
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def entering(model: LlamaForCausalLM, tokens: Tensor) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Return what the first block reads of every sample, and how it is called."""
     states: list[Tensor] = []
     calls: list[dict[str, Any]] = []

@@ -107,7 +107,9 @@ class DensePair:
         ]
         writer = self.writers.get(site.linears[0].name)
         for (compressed, after), (dense, wanted) in zip(
-            walk_site(self.block, site, writer), walk_site(self.dense, dense_site, writer), strict=True
+            walk_site(self.block, site, writer),
+            walk_site(self.dense, dense_site, writer),
+            strict=True,
         ):
             drift = wanted - after if wanted is not None and after is not None else None
             yield Observation(compressed, dense, drift)
@@ -141,13 +143,13 @@ def find_writers(block: Block) -> dict[str, Writer]:
     normalise the output before adding it (Gemma-2) have no writers. Experts are not tried: what
     they give is weighted by the router.
 
-    Tried are the first samples of the stream. Every linear but the experts is multiplied by once;
-    in the trials it answers from memory.
+    Tried is the first sample. Every linear but the experts is multiplied by once; in the trials it
+    answers from memory.
 
     Returns:
         The writers by name, in execution order.
     """
-    _, hidden, call = next(block.batches())
+    hidden, call = block.stream.probe()
     remembered: dict[str, Tensor] = {}
 
     def remember(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:

@@ -20,12 +20,14 @@ block reads nothing else that depends on the tokens (`replay` refuses a model wh
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from mi_experiments.errors import InputError, NumericalError
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.logits import PROBE_TOKENS, check_tail, compute_logits
 from mi_experiments.llm.matmul_hooks import replace_output
@@ -36,13 +38,67 @@ POSITIONS_CHUNK = 64
 """Positions whose logits and probabilities exist at one time."""
 
 
+Fisher = dict[str, Float[Tensor, "_rows"]]
+"""Of the outputs of linears, by name."""
+
+
+@dataclass(eq=False)
+class Passage:
+    """A block that the gradient of the loss is about to go back through.
+
+    Attributes:
+        walker: The walker of the model.
+        index: Index of the block, which holds its weights.
+        stream: What the block reads.
+        gradients: On what it returns; None where the Fisher information is known.
+        known: The Fisher information that is known.
+        fisher: Of the outputs of its linears, when the gradient has gone back.
+    """
+
+    walker: Walker
+    index: int
+    stream: Stream
+    gradients: Float[Tensor, "nsamples seqlen hidden"] | None
+    known: Fisher | None
+    fisher: Fisher | None = None
+
+    def outline(self) -> Block:
+        """Return the block with its sites."""
+        with torch.no_grad():
+            return self.walker.outline(self.index, self.stream)
+
+    def go_back(self, read: Callable[[LinearView, Tensor], None] | None = None) -> Fisher:
+        """Take the gradient back through the block, and return what its linears' outputs carry.
+
+        Args:
+            read: Gets each linear and what it reads, a sample at a time. That is computed bit for
+                bit alike whether there is a gradient or not.
+        """
+        linears = self.walker.inventory.linears[self.index]
+        sums: dict[str, Tensor] = {}
+        if self.known is None or read is not None:
+            module = self.walker.blocks[self.index]
+            with torch.enable_grad():
+                sums = _go_back(module, linears, self.stream, self.gradients, read)
+        if self.known is None:
+            _complete(linears, sums)
+            dtype = torch.promote_types(self.walker.model.dtype, torch.float32)
+            positions = self.stream.hidden[..., 0].numel()
+            self.fisher = {x.name: (sums[x.name] / positions).to(dtype) for x in linears}
+        else:
+            self.fisher = {linear.name: self.known[linear.name] for linear in linears}
+        return self.fisher
+
+
 def measure_fisher(
     walker: Walker,
     tokens: Int64[Tensor, "nsamples seqlen"],
     *,
     seed: int,
     on_block: Callable[[str], None] | None = None,
-) -> dict[str, Float[Tensor, "_rows"]]:
+    visit: Callable[[Passage], None] | None = None,
+    known: Fisher | None = None,
+) -> Fisher:
     """Measure the mean squared gradient of the loss on every output of the linears to compress.
 
     Every block runs twice on each sample, forward and then forward and backward, and is loaded as
@@ -62,6 +118,8 @@ def measure_fisher(
         tokens: Token ids; samples are not padded.
         seed: Of the labels.
         on_block: Called with the name of each block after its forward, and after its backward pass.
+        visit: Called with each block, from the last to the first; may take the gradient back.
+        known: What an earlier call has returned; then no gradient is computed.
 
     Returns:
         f in (nats per unit of output)² by name of the linear, never negative, in float32 (float64
@@ -78,8 +136,13 @@ def measure_fisher(
     if tokens.numel() == 0:
         raise ValueError("there is no token")
     inventory = walker.inventory
+
+    def pass_back(passage: Passage) -> Fisher:
+        if visit is not None:
+            visit(passage)
+        return passage.fisher or passage.go_back()
+
     indices = range(len(walker.blocks))
-    sums: dict[str, Tensor] = {}
     # Tensors made in inference mode cannot enter a graph, hence the copy of the tokens.
     with torch.inference_mode(False), torch.enable_grad():
         tokens = tokens.clone()
@@ -93,19 +156,16 @@ def measure_fisher(
             walker.advance(index, stream)
             if on_block is not None:
                 on_block(walker.name(index))
-        _turn_round(walker, stream, tokens, seed)
+        if known is None:
+            turn_round(walker, stream, tokens, seed)
+        gradients = stream.hidden if known is None else None
+        found: Fisher = {}
         for index in reversed(indices):
             with walker.hold(index):
-                module, linears = walker.blocks[index], inventory.linears[index]
-                sums |= _go_back(module, linears, entering.pop(), stream.hidden)
+                found |= pass_back(Passage(walker, index, entering.pop(), gradients, known))
             if on_block is not None:
                 on_block(walker.name(index))
-        _complete(list(itertools.chain(*inventory.linears)), sums)
-        dtype = torch.promote_types(walker.model.dtype, torch.float32)
-        return {
-            linear.name: (sums[linear.name] / tokens.numel()).to(dtype)
-            for linear in itertools.chain(*inventory.linears)
-        }
+    return {linear.name: found[linear.name] for linear in itertools.chain(*inventory.linears)}
 
 
 def draw_uniforms(tokens: Int64[Tensor, "seqlen"], seed: int) -> Float64[Tensor, "seqlen"]:
@@ -147,7 +207,7 @@ def _score(
     return probabilities.to(logits.dtype)
 
 
-def _turn_round(
+def turn_round(
     walker: Walker, stream: Stream, tokens: Int64[Tensor, "nsamples seqlen"], seed: int
 ) -> None:
     """Put the gradient of the loss in the place of what the last block returned."""
@@ -167,7 +227,8 @@ def _go_back(
     module: nn.Module,
     linears: Sequence[LinearView],
     stream: Stream,
-    gradients: Float[Tensor, "nsamples seqlen hidden"],
+    gradients: Float[Tensor, "nsamples seqlen hidden"] | None,
+    read: Callable[[LinearView, Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Take the gradient of the loss from a block's output to its input, overwriting it.
 
@@ -175,7 +236,8 @@ def _go_back(
         module: The block.
         linears: Its linears.
         stream: What the block reads.
-        gradients: On its output.
+        gradients: On its output; None to run it without going back.
+        read: Gets each linear and what it reads.
 
     Returns:
         Σ over samples and positions of (∂L/∂y_t)² in float64, for each linear that is reached.
@@ -192,6 +254,8 @@ def _go_back(
             squares = exact.flatten(0, -2).square()
             sums[linear.name] += squares.sum(dim=0, dtype=torch.float64)
 
+        if read is not None:
+            read(linear, inputs.detach())
         output.register_hook(add)  # type: ignore[no-untyped-call]
         return output
 
@@ -199,6 +263,8 @@ def _go_back(
         leaf = hidden.detach().requires_grad_()
         with replace_output(linears, collect):
             output = call.replay(module, leaf)
+        if gradients is None:
+            continue
         gradient = gradients[index : index + 1]
         gradient.copy_(torch.autograd.grad(output, leaf, gradient.to(stream.device))[0])
         # The last one that runs is where it began.

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mi_experiments.calibration.drift import DensePair
-from mi_experiments.calibration.fisher import measure_fisher
+from mi_experiments.calibration.fisher import Fisher, Passage, measure_fisher
 from mi_experiments.calibration.scarce_experts import feed_all_tokens
 from mi_experiments.config.config import Config
 from mi_experiments.config.narrow import narrow
@@ -220,7 +220,8 @@ def measure_plan_fisher(
     *,
     commits: Commits | None = None,
     on_block: Callable[[str], None] | None = None,
-) -> dict[str, Float[Tensor, "_"]]:
+    visit: Callable[[Passage], None] | None = None,
+) -> Fisher:
     """Return the Fisher information about each output of each linear, if the budget is spent by it.
 
     Args:
@@ -229,17 +230,54 @@ def measure_plan_fisher(
         config: the config of the run.
         commits: keep the result, and give it back.
         on_block: called with the name of each block, forward and backward.
+        visit: see `measure_fisher`; called even if the result is known.
     """
     if not config.uses_fisher:
         return {}
     config = narrow(config, FISHER_FIELDS)
-    if commits is not None and (committed := commits.read_tensors(FISHER)) is not None:
-        return committed[0]
-    sequences = calibration[: config.wbits.fisher_samples]
-    fisher = measure_fisher(walker, sequences, seed=config.seed, on_block=on_block)
-    if commits is not None:
+    committed = commits.read_tensors(FISHER) if commits is not None else None
+    known = None if committed is None else committed[0]
+    if known is not None and visit is None:
+        return known
+    fisher = measure_fisher(
+        walker,
+        calibration[: config.wbits.fisher_samples],
+        seed=config.seed,
+        on_block=on_block,
+        visit=visit,
+        known=known,
+    )
+    if commits is not None and known is None:
         commits.commit({FISHER: (fisher, {})})
     return fisher
+
+
+def measure_on_the_way_back(
+    passage: Passage, block: Block, config: Config
+) -> tuple[dict[str, Hessian], Fisher]:
+    """Return the Hessian of each site of a block, by name, and the Fisher information.
+
+    Both come from one forward pass and its way back.
+
+    Raises:
+        NumericalError: an input is not finite, or its second moments overflow; names block and
+            site.
+    """
+    sites = {site.linears[0].name: site for site in block.sites}
+    accumulators = {
+        site.name: accumulator(block, site, config.n_groups.sample_tokens) for site in block.sites
+    }
+
+    def read(linear: LinearView, inputs: Tensor) -> None:
+        if (site := sites.get(linear.name)) is not None:
+            with site_context(block, site):
+                accumulators[site.name].update(inputs.flatten(0, -2))
+
+    fisher = passage.go_back(read)
+    hessians = {
+        site.name: finish_hessian(block, site, accumulators[site.name]) for site in block.sites
+    }
+    return hessians, fisher
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from mi_experiments.experiment.directory import (
 from mi_experiments.experiment.dry_run import dry_run
 from mi_experiments.experiment.progress import Progress
 from mi_experiments.experiment.stop import StopRequest
-from mi_experiments.out_of_memory import map_large_pieces
+from mi_experiments.out_of_memory import keep_small_pieces
 from mi_experiments.persistence.atomic import disk_errors
 from mi_experiments.persistence.commits import read_manifest
 from mi_experiments.sweeps.launch import describe_failure
@@ -75,7 +75,7 @@ def main() -> None:
 def prepare_process() -> None:
     """Set up a process that works on runs: this one, or a launcher's worker."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    map_large_pieces()
+    keep_small_pieces()
     disable_progress_bar()  # type: ignore[no-untyped-call]
 
 

@@ -10,7 +10,7 @@ from annotated_types import Ge, Interval, Predicate
 from mi_experiments.config.fields import SEED_RANGE, SEEDS, About
 from mi_experiments.errors import InputError, require
 from mi_experiments.method.grouping import Grouping
-from mi_experiments.method.information import Estimator
+from mi_experiments.method.information import Estimator, Pairs
 from mi_experiments.method.number_formats import (
     NUMBER_FORMATS,
     SYMMETRIC,
@@ -245,6 +245,13 @@ class NGroupsConfig:
         int,
         Ge(1),
         About("of which group sizes are multiples where the width allows", unit="channel"),
+    ]
+    information: Annotated[
+        Pairs,
+        About(
+            "pairs of channels measured for the record: all, those of 256 channels, or none; "
+            "mutual_information groups by all"
+        ),
     ]
     estimator: Annotated[Estimator, About("of mutual information")]
     sample_tokens: Annotated[

@@ -26,6 +26,7 @@ VALUES = {
 
 ADDED: dict[str, Any] = {
     "evaluation.measurements": ["perplexity"],
+    "n_groups.information": "full",
     "sparsity.pattern": None,
     "wbits.grid": "uniform",
 }

@@ -154,7 +154,7 @@ def make_plan(run: Run) -> Plan:
     committed = run.commits.read_tensors(PLAN)
     if committed is None:
         blocks = len(run.walker.blocks)
-        steps = count_steps(blocks, run.config)
+        steps = count_steps(blocks, len(run.calibration), run.config)
         with (
             run.progress.task("plan", total=steps) as advance,
             run.cache.plan(run.commits, run.calibration, blocks) as share,

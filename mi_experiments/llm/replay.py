@@ -64,6 +64,12 @@ class Stream:
             self.calls[len(hidden)] = self.record(len(hidden))
         return hidden, self.calls[len(hidden)][self.position]
 
+    def probe(self) -> tuple[Float[Tensor, "1 seqlen hidden"], Call]:
+        """Return the first sample where blocks run, and how the model calls the block on it."""
+        if 1 not in self.calls:
+            self.calls[1] = self.record(1)
+        return self.hidden[:1].to(self.device), self.calls[1][self.position]
+
     def shrink(self, reason: str) -> None:
         """Halve the samples per forward pass, because memory is short.
 

@@ -51,9 +51,9 @@ class Site:
 def find_sites(
     name: str, module: nn.Module, linears: Sequence[LinearView], stream: Stream
 ) -> tuple[Site, ...]:
-    """Group linears by the tensor that they read in the first batch.
+    """Group linears by the tensor that they read in the first sample.
 
-    An expert that no token of that batch reaches is grouped as those that are reached.
+    An expert that no token of that sample reaches is grouped as those that are reached.
     """
     readers: dict[tuple[Any, ...], list[LinearView]] = {}
     # Kept alive until the end: a freed tensor's memory would be taken for the same tensor.
@@ -68,7 +68,7 @@ def find_sites(
         readers.setdefault((*_identity(tensor), linear.expert), []).append(linear)
 
     with on_input(linears, read):
-        _, hidden, call = next(stream.batches())
+        hidden, call = stream.probe()
         call.replay(module, hidden)
     # A stage is the parameters whose linears, or whose slices for one expert, read one tensor.
     parameters: dict[tuple[nn.Module, str], list[LinearView]] = {}

@@ -115,27 +115,27 @@ class Walker:
             NumericalError: If a sample is not finite.
             ValueError: If the model is in training mode.
         """
-        linears_of_blocks = self.inventory.linears
         with self.hold(0):
             stream = self.open_stream(tokens)
-        for index, module in enumerate(self.blocks):
-            name = self.name(index)
+        for index in range(len(self.blocks)):
             with self.hold(index):
-                find = partial(find_sites, name, module, linears_of_blocks[index], stream)
-                before = state_of(module)
-                sites = until_it_fits(find, stream.shrink)
-                piecewise = self.piecewise and not keeps_state(module, before)
-                # As the sites see them: running the block has shown which way round each one is.
-                views = {linear.name: linear for site in sites for linear in site.linears}
-                linears = tuple(views[linear.name] for linear in linears_of_blocks[index])
-                block = Block(
-                    index, name, module, linears, sites, stream, self.hessian_bytes, piecewise
-                )
+                block = self.outline(index, stream)
                 try:
                     yield block
                     block.advance()
                 finally:
                     block.close_pieces()
+
+    def outline(self, index: int, stream: Stream) -> Block:
+        """Return a block, which must hold its weights, with the sites that running it shows."""
+        name, module, linears = self.name(index), self.blocks[index], self.inventory.linears[index]
+        before = state_of(module)
+        sites = until_it_fits(partial(find_sites, name, module, linears, stream), stream.shrink)
+        piecewise = self.piecewise and not keeps_state(module, before)
+        # As the sites see them: running the block has shown which way round each one is.
+        views = {linear.name: linear for site in sites for linear in site.linears}
+        seen = tuple(views[linear.name] for linear in linears)
+        return Block(index, name, module, seen, sites, stream, self.hessian_bytes, piecewise)
 
     def open_stream(
         self,

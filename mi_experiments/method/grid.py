@@ -25,7 +25,12 @@ from mi_experiments.method.number_formats import (
 SHRINK_FACTORS = tuple(1.0 - 0.02 * step for step in range(30))
 """Fractions of the full range that the clip search tries: 1.00, 0.98, …, 0.42."""
 
-CHUNK_ELEMENTS = 2**20
+COARSE = {4: slice(0, 24, 2), 5: slice(12), 6: slice(6), 7: slice(3), 8: slice(2)}
+"""Which of them are tried, by width, where grids are only compared; below 4 bits every second. The
+finer the levels, the less is won by clipping. On trained weights (16 linears of SmolLM2-135M, whole
+and half pruned, one and five scales a row) the squared error is at most 3 % above that of all."""
+
+CHUNK_ELEMENTS = 2**19
 """Candidate weights (factors · rows · channels) held at a time by the clip search."""
 
 
@@ -151,9 +156,14 @@ class Grid:
 
     def quantize(self, weight: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
         """Round every weight to its nearest level; unquantized channels are returned unchanged."""
-        columns = self.quantized.nonzero()[:, 0]
-        level = self.decode(self.encode(weight[:, columns], columns), columns)
-        return weight.index_copy(1, columns, level.to(weight.dtype))
+        rounded = weight.clone()
+        for width in torch.unique(self.bits[self.quantized]).tolist():
+            columns = (self.bits == width).nonzero()[:, 0]
+            group = self.scale_group[columns]
+            scale, zero = self.scale[:, group], self.zero_point[:, group].to(self.scale.dtype)
+            level = self.number_format.to_level_(weight[:, columns] / scale, width, zero)
+            rounded[:, columns] = level.mul_(scale).to(weight.dtype)
+        return rounded
 
 
 @torch.no_grad()
@@ -163,6 +173,7 @@ def fit_grid(
     scale_group: Int32[Tensor, "columns"],
     *,
     clip_search: bool,
+    coarse: bool = False,
     number_format: NumberFormat = UNIFORM,
     scale_bits: int = 16,
     pruned: Bool[Tensor, "rows columns"] | None = None,
@@ -179,6 +190,8 @@ def fit_grid(
         bits: Width of each channel; 16 leaves it unquantized, with scale 1 and zero point 0.
         scale_group: Scale group of each channel, dense from 0.
         clip_search: Whether to try shrunk ranges.
+        coarse: Whether to try only some of them, see `shrink_factors`: for grids that are compared
+            and not used.
         number_format: Which levels each width has.
         scale_bits: What a scale is rounded to: 16 for float16, 32 for float32.
         pruned: Weights that will be zero and so have no part in the fit.
@@ -196,10 +209,10 @@ def fit_grid(
     groups = int(scale_group.max()) + 1
     scale = weight.new_ones(len(weight), groups)
     zero_point = scale.new_zeros(scale.shape, dtype=torch.int32)
-    factors = weight.new_tensor(SHRINK_FACTORS if clip_search else SHRINK_FACTORS[:1])
     for width, chosen, columns in _batches(bits, scale_group, groups):
         if width not in number_format.widths:
             raise ValueError(f"{number_format.name} levels of {width} bits do not exist")
+        factors = weight.new_tensor(shrink_factors(width, coarse) if clip_search else [1.0])
         chunks = 1 + len(factors) * len(weight) * columns.numel() // CHUNK_ELEMENTS
         parts = [
             _fit(part[:, columns], width, number_format, factors, scale_bits)
@@ -212,6 +225,11 @@ def fit_grid(
         remedy = "; recipe.scale_bits=32 stores wider ones" if scale_bits == 16 else ""
         raise NumericalError(f"weights up to {most} need scales beyond float{scale_bits}{remedy}")
     return Grid(bits, scale_group, scale, zero_point, scale_bits, number_format)
+
+
+def shrink_factors(bits: int, coarse: bool = False) -> Sequence[float]:
+    """Return the fractions of the full range that the clip search tries, or some of them."""
+    return SHRINK_FACTORS[COARSE.get(bits, slice(0, None, 2))] if coarse else SHRINK_FACTORS
 
 
 def _bits_per_group(
@@ -262,8 +280,7 @@ def _fit(
     if len(factors) == 1:
         return scale[0], zero[0].to(torch.int32)
     step, base = scale[..., None], zero[..., None]
-    limits = number_format.limits(torch.tensor(bits, device=weight.device), base)
-    level = number_format.round_(weight / step, bits).clamp_(*limits)
+    level = number_format.to_level_(weight / step, bits, base)
     error = level.mul_(step).sub_(weight).square_().sum(-1)
     best = error.argmin(0, keepdim=True)
     return scale.gather(0, best)[0], zero.gather(0, best)[0].to(torch.int32)

@@ -12,6 +12,7 @@ from enum import Enum
 
 import torch
 from jaxtyping import Float, Int32
+from scipy.stats import beta
 from torch import Tensor
 
 from mi_experiments.method.gram import add_gram_, mirror_
@@ -23,6 +24,9 @@ INFORMATION_CAP = 5.0
 Identical Gaussian channels share infinite information; float32 covariances resolve 1 − ρ² down to
 about 1e-6, well below the e^(−10) of the cap.
 """
+
+SUMMARY_CHANNELS = 256
+"""Channels that stand for all of a site where pairs are only summarized."""
 
 _RANKED_TOGETHER = 512
 _CELLS_TOGETHER = 2048
@@ -36,9 +40,17 @@ class Estimator(Enum):
     binned = "binned"
 
 
+class Pairs(Enum):
+    """Of which pairs of channels the information is measured."""
+
+    full = "full"
+    summary = "summary"
+    none = "none"
+
+
 @dataclass(frozen=True)
 class NoiseFloor:
-    """What an estimator reports on channels made independent, in nats.
+    """What an estimator reports on channels that are independent, in nats.
 
     Attributes:
         mean: over pairs; about 0 for an unbiased estimator.
@@ -54,10 +66,11 @@ class InformationSummary:
     """The information in one site, in nats, as plain numbers for the record.
 
     Attributes:
-        mean_pairwise: over all pairs of different channels.
+        mean_pairwise: over the pairs of different channels that were measured, all or those of
+            `SUMMARY_CHANNELS`; None where none were.
         max_pairwise: over the same pairs; `INFORMATION_CAP` when two channels are identical.
-        noise_mean: mean of the estimator on shuffled channels.
-        noise_p95: 95th percentile of the estimator on shuffled channels.
+        noise_mean: mean of the estimator on independent channels.
+        noise_p95: 95th percentile of the estimator on independent channels.
         total_correlation: shared by all channels, whatever the order of the sweep.
         mean_redundancy: mean over channels of what all the others know about one.
         estimator: name of the estimator of the pairwise and noise values.
@@ -66,13 +79,13 @@ class InformationSummary:
             groups do not come from tokens, and in records without it.
     """
 
-    mean_pairwise: float
-    max_pairwise: float
-    noise_mean: float
-    noise_p95: float
+    mean_pairwise: float | None
+    max_pairwise: float | None
+    noise_mean: float | None
+    noise_p95: float | None
     total_correlation: float
     mean_redundancy: float
-    estimator: str
+    estimator: str | None
     damping: float | None = None
     stability: float | None = None
 
@@ -105,12 +118,17 @@ def gaussian_information(
     information = torch.outer(scale, scale).mul_(covariance)
     information.square_().clamp_(max=1).neg_().log1p_().mul_(-0.5)
     if tokens is not None:
-        halves = torch.tensor([tokens - 1, tokens - 2], dtype=torch.float64) / 2
-        information -= torch.digamma(halves).diff().neg().item() / 2
+        information -= gaussian_bias(tokens)
     information.clamp_(max=INFORMATION_CAP).fill_diagonal_(0)
     information[constant, :] = 0
     information[:, constant] = 0
     return information
+
+
+def gaussian_bias(tokens: int) -> float:
+    """Return ½[ψ((n−1)/2) − ψ((n−2)/2)], what −½ ln(1 − r²) is on average where ρ = 0, in nats."""
+    halves = torch.tensor([tokens - 1, tokens - 2], dtype=torch.float64) / 2
+    return torch.digamma(halves).diff().neg().item() / 2
 
 
 def copula_information(sample: Float[Tensor, "tokens columns"]) -> Float[Tensor, "columns columns"]:
@@ -185,34 +203,57 @@ def measure_information(
 
 
 def noise_floor(
+    hessian: Hessian, estimator: Estimator, generator: torch.Generator, *, bins: int = 8
+) -> NoiseFloor:
+    """Return what the estimator reports on independent channels, from as many tokens.
+
+    This is the null of independent tokens. Neighbouring tokens of a text are alike, so the
+    scatter of real estimates is somewhat larger.
+
+    Where ρ = 0, r² of n tokens of Gaussian channels follows Beta(½, (n − 2)/2) (Fisher 1915), so
+    that the mean of the corrected estimate is 0 and its percentiles are known; the same holds for
+    normal scores of ranks, whatever the channels, but for their ties. `binned` has no such form:
+    there the tokens of the channels are shuffled apart.
+
+    Args:
+        hessian: of the site.
+        estimator: the estimator to be judged.
+        generator: draws the shuffles.
+        bins: the bins of the binned estimator.
+
+    Returns:
+        Mean and 95th percentile over pairs; 0 where fewer than two channels vary.
+    """
+    if estimator is Estimator.binned:
+        return shuffled_floor(hessian.sample, estimator, generator, bins=bins)
+    varying = (hessian.sample != hessian.sample[:1]).any(0).sum()
+    if varying < 2:
+        return NoiseFloor(0.0, 0.0)
+    tokens = hessian.tokens if estimator is Estimator.gaussian else len(hessian.sample)
+    square = beta.ppf(0.95, 0.5, (tokens - 2) / 2)
+    return NoiseFloor(0.0, float(-math.log1p(-square) / 2) - gaussian_bias(tokens))
+
+
+def shuffled_floor(
     sample: Float[Tensor, "tokens columns"],
     estimator: Estimator,
     generator: torch.Generator,
     *,
     bins: int = 8,
-    channels: int = 256,
 ) -> NoiseFloor:
     """Return what the estimator reports when the tokens of each channel are shuffled apart.
 
-    This is the null of independent tokens. Neighbouring tokens of a text are alike, so the
-    scatter of real estimates is somewhat larger.
-
     Args:
-        sample: tokens of the site. For `gaussian` too, which otherwise reads all tokens: its true
-            floor is lower by the ratio of the two numbers.
+        sample: tokens of the site.
         estimator: the estimator to be judged.
-        generator: draws the channels and the shuffles.
+        generator: draws the shuffles, and `SUMMARY_CHANNELS` of more channels that vary.
         bins: the bins of the binned estimator.
-        channels: the most channels to use, drawn among those that are not constant.
-
-    Returns:
-        Mean and 95th percentile over pairs; 0 where fewer than two channels vary.
     """
     varying = (sample != sample[:1]).any(0).nonzero().flatten()
     if len(varying) < 2:
         return NoiseFloor(0.0, 0.0)
-    drawn = torch.randperm(len(varying), generator=generator, device=generator.device)[:channels]
-    chosen = sample[:, varying[drawn.to(sample.device)]]
+    drawn = torch.randperm(len(varying), generator=generator, device=generator.device)
+    chosen = sample[:, varying[drawn[:SUMMARY_CHANNELS].to(sample.device)]]
     keys = torch.rand(chosen.shape, generator=generator, device=generator.device)
     shuffled = chosen.gather(0, keys.argsort(0).to(sample.device))
     accumulator = HessianAccumulator(
@@ -249,32 +290,35 @@ def total_correlation(factor: Factor) -> float:
 
 
 def summarize(
-    information: Float[Tensor, "columns columns"],
-    noise: NoiseFloor,
+    information: Float[Tensor, "chosen chosen"] | None,
+    noise: NoiseFloor | None,
     factor: Factor,
     estimator: Estimator,
 ) -> InformationSummary:
     """Return the few numbers of a site that are worth a record.
 
     Args:
-        information: the information of every pair, from `measure_information`.
-        noise: the noise from `noise_floor` with the same estimator.
+        information: the information of every pair, from `measure_information`; None if it was not
+            measured.
+        noise: the noise from `noise_floor` with the same estimator; None likewise.
         factor: the factor of the Hessian (or covariance) of the site.
         estimator: the estimator that gave `information`.
     """
-    columns = len(information)
-    total = information.sum(dtype=torch.float64).item()
-    return InformationSummary(
-        mean_pairwise=total / max(columns * (columns - 1), 1),
+    mean = most = None
+    if information is not None:
+        columns = len(information)
+        mean = information.sum(dtype=torch.float64).item() / max(columns * (columns - 1), 1)
         # The diagonal is zero and would hide pairs that are all below zero.
-        max_pairwise=information.clone().fill_diagonal_(-math.inf).max().item()
-        if columns > 1
-        else 0.0,
-        noise_mean=noise.mean,
-        noise_p95=noise.p95,
+        apart = information.clone().fill_diagonal_(-math.inf)
+        most = apart.max().item() if columns > 1 else 0.0
+    return InformationSummary(
+        mean_pairwise=mean,
+        max_pairwise=most,
+        noise_mean=noise.mean if noise else None,
+        noise_p95=noise.p95 if noise else None,
         total_correlation=total_correlation(factor),
         mean_redundancy=redundancy(factor).mean().item(),
-        estimator=estimator.value,
+        estimator=estimator.value if information is not None else None,
         damping=factor.damping,
     )
 

@@ -5,11 +5,14 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from mi_experiments.method.grouping import GROUPINGS, Grouping, adjusted_rand_index, group_channels
-from mi_experiments.method.hessian import HessianAccumulator, factorize
+from mi_experiments.method.hessian import Hessian, HessianAccumulator, factorize
 from mi_experiments.method.information import Estimator, measure_information
 
 FROM_TOKENS = {"hessian", "factor", "information"}
 """What a rule may need that comes from activations."""
+
+PRODUCTS = {"factor", "information"}
+"""What needs the products of different channels, and not their energies alone."""
 
 
 def split_half_stability(
@@ -51,11 +54,7 @@ def split_half_stability(
         return None
 
     def group(half: Float[Tensor, "tokens columns"]) -> Int32[Tensor, "columns"]:
-        accumulator = HessianAccumulator(
-            half.shape[1], sample_tokens=len(half), device=half.device, dtype=half.dtype
-        )
-        accumulator.update(half)
-        hessian = accumulator.finish()
+        hessian = _measure(half) if PRODUCTS & {*needs} else _energies(half)
         return group_channels(
             grouping,
             n_groups,
@@ -69,3 +68,18 @@ def split_half_stability(
         )
 
     return adjusted_rand_index(*map(group, halves))
+
+
+def _measure(tokens: Float[Tensor, "tokens columns"]) -> Hessian:
+    """Return the Hessian of tokens that are all kept."""
+    accumulator = HessianAccumulator(
+        tokens.shape[1], sample_tokens=len(tokens), device=tokens.device, dtype=tokens.dtype
+    )
+    accumulator.update(tokens)
+    return accumulator.finish()
+
+
+def _energies(tokens: Float[Tensor, "tokens columns"]) -> Hessian:
+    """Return a Hessian of which only the diagonal was measured."""
+    energy = torch.diag(2 * tokens.square().mean(0))
+    return Hessian(energy, tokens.mean(0), len(tokens), tokens)

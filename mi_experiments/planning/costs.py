@@ -67,6 +67,7 @@ def measure_group_costs(
                 bits,
                 scale_group,
                 clip_search=config.recipe.clip_search,
+                coarse=True,
                 number_format=wbits.number_format,
                 scale_bits=config.recipe.scale_bits,
                 pruned=pruned,

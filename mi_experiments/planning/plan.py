@@ -15,12 +15,11 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from mi_experiments.calibration.hessians import (
-    check_weights,
-    measure_plan_fisher,
-)
+from mi_experiments.calibration.fisher import Fisher, Passage
+from mi_experiments.calibration.hessians import check_weights, measure_plan_fisher
 from mi_experiments.config.config import Config
 from mi_experiments.config.method import Allocation
+from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.walker import Walker
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.information import InformationSummary
@@ -156,16 +155,31 @@ def plan_compression(
             config.n_groups.check_count(linear.columns, linear.name)
     narrowed = cost_config(config)
     finished = read_block_costs(commits, len(walker.blocks))
+
+    def measure(block: Block, fisher: Fisher | Passage, activations: bool) -> None:
+        finished[block.index] = measure_block_costs(block, fisher, activations, narrowed)
+        if commits is not None and activations:
+            commits.commit({block_costs_name(block.index): finished[block.index].stored()})
+
+    def visit(passage: Passage) -> None:
+        if passage.index not in finished:
+            measure(passage.outline(), passage, True)
+
     if len(finished) < len(walker.blocks):
+        together = on_the_way_back(len(calibration), narrowed)
         fisher = measure_plan_fisher(
-            walker, calibration, narrowed, commits=commits, on_block=on_block
+            walker,
+            calibration,
+            narrowed,
+            commits=commits,
+            on_block=on_block,
+            visit=visit if together else None,
         )
+    if len(finished) < len(walker.blocks):
         activations = narrowed.needs_activations
         for block in walker.walk(calibration if activations else calibration[:1, :2]):
             if block.index not in finished:
-                finished[block.index] = measure_block_costs(block, fisher, activations, narrowed)
-                if commits is not None and activations:
-                    commits.commit({block_costs_name(block.index): finished[block.index].stored()})
+                measure(block, fisher, activations)
             on_block(block.name)
     linears = [
         linear for _, block_costs in sorted(finished.items()) for linear in block_costs.linears
@@ -195,9 +209,19 @@ def keep_widths(linear: LinearCosts, narrowed: Config, config: Config) -> Linear
     return dataclasses.replace(linear, group_costs=group_costs)
 
 
-def count_steps(blocks: int, config: Config) -> int:
+def on_the_way_back(nsamples: int, config: Config) -> bool:
+    """Say whether Hessians are measured where the gradient goes back through all samples.
+
+    What a job computes must not depend on whether another one has left the Fisher information.
+    """
+    return config.uses_fisher and config.wbits.fisher_samples >= nsamples
+
+
+def count_steps(blocks: int, nsamples: int, config: Config) -> int:
     """Return how often `plan_compression` calls `on_block` if nothing was finished earlier."""
-    return blocks * (3 if config.uses_fisher else 1)
+    if not config.uses_fisher:
+        return blocks
+    return blocks * (2 if on_the_way_back(nsamples, config) else 3)
 
 
 def spread_widths(

@@ -7,17 +7,19 @@ that a killed run does not measure them again.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int, Int32
 from torch import Tensor
 
+from mi_experiments.calibration.fisher import Passage
 from mi_experiments.calibration.hessians import (
     check_weights,
     in_passes,
     measure_hessians,
+    measure_on_the_way_back,
     measure_scarce,
     site_context,
 )
@@ -26,10 +28,12 @@ from mi_experiments.config.method import Allocation
 from mi_experiments.config.recipe import OnSingular, ScarceTokens
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.sites import Site
-from mi_experiments.method.grouping import Grouping, group_channels
+from mi_experiments.method.grouping import GROUPINGS, Grouping, group_channels
 from mi_experiments.method.hessian import Hessian, factorize
 from mi_experiments.method.information import (
+    SUMMARY_CHANNELS,
     InformationSummary,
+    Pairs,
     measure_information,
     noise_floor,
     summarize,
@@ -134,11 +138,16 @@ def measure_site_costs(
             power=config.recipe.damping_power,
             escalate=escalate,
         )
-        # Before the information, so that its own statistics have gone when that is measured.
-        generator = torch.Generator().manual_seed(groups.seed)
-        noise = noise_floor(hessian.sample, groups.estimator, generator)
         give_back(hessian.matrix.nbytes)
-        matrix = measure_information(hessian, groups.estimator)
+        matrix = noise = None
+        grouped = "information" in GROUPINGS[groups.grouping].needs
+        pairs = Pairs.full if grouped else groups.information
+        if pairs is not Pairs.none:
+            whole = pairs is Pairs.full
+            seen = hessian if whole else hessian.of_channels(SUMMARY_CHANNELS)
+            generator = torch.Generator().manual_seed(groups.seed)
+            noise = noise_floor(seen, groups.estimator, generator)
+            matrix = measure_information(seen, groups.estimator)
         summary = summarize(matrix, noise, factor, groups.estimator)
     # Nor has an expert without tokens that is to stay as it is.
     measured = hessian is not None or not groups.grouping.needs_activations
@@ -206,14 +215,28 @@ def sum_energy(site: Site) -> Float[Tensor, "columns"]:
 
 def measure_block_costs(
     block: Block,
-    fisher: Mapping[str, Float[Tensor, "_"]],
+    fisher: Mapping[str, Float[Tensor, "_"]] | Passage,
     activations: bool,
     config: Config,
 ) -> BlockCosts:
-    """Group the channels of a block's sites and measure what every group costs at every width."""
-    linears: list[LinearCosts] = []
-    information: dict[str, InformationSummary] = {}
+    """Group the channels of a block's sites and measure what every group costs at every width.
+
+    Args:
+        block: the block, with its dense weights.
+        fisher: Fisher information about each output, by linear; or the passage by which the
+            gradient goes back through the block, and the Hessians are measured on the way. Where
+            those of all its sites do not fit, or a site is routed, the block runs once more.
+        activations: whether anything is measured at all.
+        config: the config of the run.
+    """
+    costs = BlockCosts([], {})
     check_weights(block.linears)
+    if isinstance(fisher, Passage):
+        if block.leading == block.sites and len(list(in_passes(block, block.sites))) == 1:
+            hessians, found = measure_on_the_way_back(fisher, block, config)
+            add_site_costs(costs, block, block.sites, hessians, found, config)
+            return costs
+        fisher = fisher.go_back()
     for sites in in_passes(block, block.sites) if activations else [list(block.sites)]:
         hessians = measure_hessians(block, sites, config) if activations else {}
         if activations and config.recipe.scarce_tokens is ScarceTokens.keep:
@@ -224,15 +247,27 @@ def measure_block_costs(
             hessians = {name: hessians[name] for name in hessians.keys() - scarce}
         elif activations:
             hessians |= measure_scarce(block, hessians, sites, config)
-        for site in sites:
-            with site_context(block, site):
-                found, summary = measure_site_costs(
-                    block, site, hessians.pop(site.name, None), fisher, config
-                )
-            linears += found
-            if summary is not None:
-                information[found[0].site] = summary
-    return BlockCosts(linears, information)
+        add_site_costs(costs, block, sites, hessians, fisher, config)
+    return costs
+
+
+def add_site_costs(
+    costs: BlockCosts,
+    block: Block,
+    sites: Sequence[Site],
+    hessians: dict[str, Hessian],
+    fisher: Mapping[str, Float[Tensor, "_"]],
+    config: Config,
+) -> None:
+    """Add what the groups of some sites cost, and let go of their Hessians."""
+    for site in sites:
+        with site_context(block, site):
+            found, summary = measure_site_costs(
+                block, site, hessians.pop(site.name, None), fisher, config
+            )
+        costs.linears.extend(found)
+        if summary is not None:
+            costs.information[found[0].site] = summary
 
 
 def block_costs_name(block: int) -> str:

@@ -60,7 +60,7 @@ def test_a_streamed_plan_is_the_resident_one(
         commits=Commits(tmp_path, {}),
     )
     assert streamed.sha256() == resident.sha256()
-    assert len(seen) == count_steps(2, config) == 6
+    assert len(seen) == count_steps(2, 6, config) == 6
     assert all(p.is_meta for p in opened.weights.blocks.parameters())
     # The loss has had its say: by output error alone the same budget is spent otherwise.
     other = plan_compression(Walker(dense), tokens, config_of("wbits.cost=distortion"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from composed import config_of
 
-from mi_experiments.calibration import hessians
+from mi_experiments.calibration import fisher
 from mi_experiments.experiment import cache, phases
 from mi_experiments.experiment.cache import computed_by, evaluation_key, results_directory
 from mi_experiments.experiment.progress import Progress
@@ -80,7 +80,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     count(phases, "measure_text")
     count(plan, "measure_block_costs")
-    count(hessians, "measure_fisher")
+    count(fisher, "turn_round")
     return counts
 
 
@@ -125,7 +125,7 @@ def test_what_the_loss_feels_is_shared_by_jobs_that_group_differently(
     run("first", *FISHER)
     second = run("second", *FISHER, "n_groups=random")
     assert second.from_cache["plan"] == ["site_costs/fisher"]
-    assert work["measure_fisher"] == 1
+    assert work["turn_round"] == 1
     assert work["measure_block_costs"] == 2 * BLOCKS
     third = run("third", *FISHER, "n_groups=random", "wbits.average=3")
     assert third.from_cache["plan"] == parts(*range(BLOCKS))

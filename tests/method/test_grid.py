@@ -48,6 +48,24 @@ def test_a_group_size_of_zero_is_refused():
         scale_groups(torch.zeros(4, dtype=torch.int64), 0)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("tails", [False, True])
+def test_a_coarse_search_is_close_to_all_of_it(bits: int, tails: bool) -> None:
+    """In squared error, for weights with and without outliers; and never above the full range's."""
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(bits))
+    if tails:
+        weight = weight * weight.square()
+    width, group = torch.full((96,), bits, dtype=torch.uint8), torch.zeros(96, dtype=torch.int32)
+
+    def error(**search: bool) -> torch.Tensor:
+        grid = fit_grid(weight, width, group, **search)
+        return (grid.quantize(weight) - weight).square().sum(1)
+
+    every, some = error(clip_search=True), error(clip_search=True, coarse=True)
+    assert every.sum() <= some.sum() <= 1.03 * every.sum()
+    assert (some <= error(clip_search=False)).all()
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("clip_search", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -17,6 +17,7 @@ from mi_experiments.method.information import (
     measure_information,
     noise_floor,
     redundancy,
+    shuffled_floor,
     summarize,
     total_correlation,
 )
@@ -148,7 +149,7 @@ def test_only_bins_see_a_noisy_parabola_above_the_floor():
     for estimator in Estimator:
         found = measure_information(hessian, estimator)[0, 1].item()
         floor = max(
-            noise_floor(hessian.sample, estimator, generator(seed)).p95 for seed in range(20)
+            shuffled_floor(hessian.sample, estimator, generator(seed)).p95 for seed in range(20)
         )
         assert (found > 10 * floor) == (estimator is Estimator.binned), estimator
 
@@ -186,23 +187,50 @@ def test_independence_is_at_the_noise_floor(estimator):
     inputs = torch.randn(1000, 64, generator=generator(3), dtype=DOUBLE)
     information = measure_information(hessian_of(inputs), estimator)
     pairs = information[torch.ones(64, 64).triu(1) > 0]
-    floor = noise_floor(inputs, estimator, generator(4))
+    floor = noise_floor(hessian_of(inputs), estimator, generator(4))
     # Before correction: 1/(2n) = 0.0005, or 49/(2n) = 0.0245 for the 8 × 8 bins.
     assert abs(floor.mean) < (7e-4 if estimator is Estimator.binned else 1e-4)
     assert pairs.mean().item() == pytest.approx(floor.mean, abs=4e-4)
     assert pairs.quantile(0.95).item() == pytest.approx(floor.p95, rel=0.15)
 
 
-def test_noise_floor_follows_the_null_distribution_and_forgets_dependence():
+@pytest.mark.parametrize("estimator", [Estimator.gaussian, Estimator.copula])
+@pytest.mark.parametrize("tokens", [64, 2000])
+def test_noise_floor_is_what_shuffled_tokens_give(tokens, estimator):
+    """Of channels that depend on each other, are skewed, and are half zeros."""
+    shared = torch.randn(tokens, 1, generator=generator(), dtype=DOUBLE)
+    inputs = shared + 0.1 * torch.randn(tokens, 200, generator=generator(1), dtype=DOUBLE)
+    inputs[:, 60:120] = inputs[:, 60:120].exp()
+    inputs[:, 120:].clamp_(min=0)
+    floor = noise_floor(hessian_of(inputs), estimator, generator())
+    shuffled = shuffled_floor(inputs, estimator, generator(2))
+    assert floor.mean == 0
+    assert shuffled.mean == pytest.approx(0, abs=0.1 / tokens)
+    assert shuffled.p95 == pytest.approx(floor.p95, rel=0.06)
+
+
+def test_noise_floor_follows_the_null_distribution_and_ignores_constant_channels():
     """2n·I is chi-squared with one degree of freedom, whose 95 % point is 3.841."""
-    shared = torch.randn(2000, 1, generator=generator(), dtype=DOUBLE)
-    inputs = shared + 0.1 * torch.randn(2000, 60, generator=generator(1), dtype=DOUBLE)
-    floor = noise_floor(inputs, Estimator.copula, generator(2))
-    assert floor.p95 == pytest.approx((3.841 - 1) / (2 * 2000), rel=0.15)
-    assert noise_floor(inputs, Estimator.copula, generator(2)) == floor
+    inputs = torch.randn(2000, 60, generator=generator(1), dtype=DOUBLE)
+    for floor in (
+        noise_floor(hessian_of(inputs), Estimator.copula, generator(2)),
+        shuffled_floor(inputs, Estimator.copula, generator(2)),
+    ):
+        assert floor.p95 == pytest.approx((3.841 - 1) / (2 * 2000), rel=0.05)
     padded = torch.cat((torch.ones_like(inputs), inputs), 1)
-    assert noise_floor(padded, Estimator.copula, generator(2)) == floor
-    assert noise_floor(torch.ones(10, 3), Estimator.copula, generator()).p95 == 0
+    shuffled = shuffled_floor(inputs, Estimator.copula, generator(2))
+    assert shuffled_floor(padded, Estimator.copula, generator(2)) == shuffled
+    for estimator in Estimator:
+        assert noise_floor(hessian_of(torch.ones(10, 3)), estimator, generator()).p95 == 0
+
+
+def test_a_summary_is_of_evenly_spaced_channels():
+    hessian = hessian_of(torch.randn(300, 7, generator=generator(), dtype=DOUBLE))
+    chosen = hessian.of_channels(3)
+    information = measure_information(hessian, Estimator.copula)
+    expected = information[[0, 2, 4]][:, [0, 2, 4]]
+    torch.testing.assert_close(measure_information(chosen, Estimator.copula), expected)
+    assert hessian.of_channels(7) is hessian
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.05])
@@ -254,12 +282,18 @@ def test_summary_gathers_plain_numbers():
     inputs[:, 1] = inputs[:, 0]
     hessian = hessian_of(inputs)
     information = measure_information(hessian, Estimator.copula)
-    floor = noise_floor(inputs, Estimator.copula, generator())
+    floor = noise_floor(hessian, Estimator.copula, generator())
     factor = factorize(hessian)
     summary = asdict(summarize(information, floor, factor, Estimator.copula))
     assert summary.pop("stability") is None  # it needs two halves of the tokens
     assert {type(value) for value in summary.values()} == {float, str}
     assert summary["max_pairwise"] == INFORMATION_CAP
+    without = asdict(summarize(None, None, factor, Estimator.copula))
+    assert {name for name, value in without.items() if value is not None} == {
+        "total_correlation",
+        "mean_redundancy",
+        "damping",
+    }
     assert summary["mean_pairwise"] == pytest.approx(information.sum().item() / 30)
     assert summary["mean_redundancy"] == pytest.approx(redundancy(factor).mean().item())
     assert summary["total_correlation"] == total_correlation(factor)

@@ -250,6 +250,6 @@ def test_whatever_a_walker_takes_from_the_config_is_in_the_key() -> None:
     """It is not read from the narrowed config, so that nothing else would notice."""
     taken = {"path": "model.blocks", "ignore": "model.ignore", "batch_size": "dataset.batch_size"}
     # What the dense model is, where it lives and in how many passes it is measured: no bit moves.
-    free = {"model", "weights", "allocate", "hessian_bytes"}
+    free = {"model", "weights", "allocate", "hessian_bytes", "piecewise"}
     assert {field.name for field in dataclasses.fields(Walker)} == free | taken.keys()
     assert set(taken.values()) <= set(GROUPING_FIELDS)

@@ -57,7 +57,7 @@ def test_prices_are_those_of_a_plain_loop(
     for place, width in enumerate((2, 4)):
         bits = torch.full((COLUMNS,), width, dtype=torch.uint8)
         grid = fit_grid(
-            weight, bits, scale_groups(group, None), clip_search=True,
+            weight, bits, scale_groups(group, None), clip_search=True, coarse=True,
             pruned=pruned,
         )  # fmt: skip
         error = (grid.quantize(weight) - weight).double()
