@@ -246,6 +246,7 @@ class RunCache:
             if self.config.cache and self.config.needs_activations:
                 self.fetch(commits, calibration, blocks, entries)
             yield share
+            share()
         finally:
             for entry in entries.values():
                 entry.close()
