@@ -91,6 +91,8 @@ class Needs:
             more, those between all blocks of the samples that go back through them.
         stored: compressed blocks on disk, of every candidate, while the run can be continued, and
             what the export adds to them.
+        halted: what all samples hold that are halted in the middle of a block, in one or two
+            streams, so that each block runs once and not once a site; see `Pieces`.
     """
 
     resident: int
@@ -100,6 +102,7 @@ class Needs:
     forward: int
     activations: int
     stored: int
+    halted: int = 0
 
     @property
     def working(self) -> int:
@@ -120,6 +123,7 @@ class MemoryPlan:
         disk: bytes that will be used of the disk.
         hessian_bytes: see `Walker`.
         wave_tokens: tokens of an evaluation text whose hidden states may exist at one time.
+        piecewise: whether there is room for samples that are halted in the middle of a block.
     """
 
     room: Room
@@ -130,6 +134,7 @@ class MemoryPlan:
     disk: int
     hessian_bytes: int
     wave_tokens: int
+    piecewise: bool
 
 
 def plan_memory(needs: Needs, room: Room, config: Config) -> MemoryPlan:
@@ -172,6 +177,8 @@ def plan_memory(needs: Needs, room: Room, config: Config) -> MemoryPlan:
     working_place = Place.host if room.accelerator is None else Place.accelerator
     beside = needs.activations if place in (working_place, Place.accelerator) else 0
     spare = max(0, int(left[working_place] - beside))
+    piecewise = needs.halted <= spare
+    halted = needs.halted * piecewise
     tokens = config.dataset.nsamples * config.dataset.seqlen * (1 + config.needs_dense_pair)
     return MemoryPlan(
         room=room,
@@ -179,11 +186,14 @@ def plan_memory(needs: Needs, room: Room, config: Config) -> MemoryPlan:
         activations=place,
         accelerator=None
         if room.accelerator is None
-        else needs.working + needs.activations * (place is Place.accelerator),
-        host=on_host + needs.activations * (place is Place.host),
+        else needs.working + needs.activations * (place is Place.accelerator) + halted,
+        host=on_host
+        + needs.activations * (place is Place.host)
+        + halted * (room.accelerator is None),
         disk=needs.stored + needs.activations * (place is Place.disk),
         hessian_bytes=max(needs.hessian, spare // 2),
         wave_tokens=max(tokens, config.evaluation.batch_tokens),
+        piecewise=piecewise,
     )
 
 
@@ -269,6 +279,12 @@ def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Confi
         forward=forward,
         activations=activations,
         stored=candidate * (2 if config.has_safety_net else 1) + resident * export.keeps_model,
+        halted=max(block.halted for block in blocks)
+        * config.dataset.nsamples
+        * streams
+        * (config.needs_dense_pair or config.recipe.true_sequential)
+        * item
+        // stored,
     )
 
 
@@ -340,4 +356,5 @@ def in_a_line(plan: MemoryPlan) -> str:
         parts.insert(0, f"accelerator {show(plan.accelerator)} of {show(plan.room.accelerator)}")
     parts.append(f"disk {show(plan.disk)} of {show(plan.room.disk)}")
     hidden = f"hidden states {show(plan.needs.activations)} in {plan.activations.name}"
-    return f"memory plan: {', '.join(parts)}; {hidden}"
+    passes = "once" if plan.piecewise else "anew for each site"
+    return f"memory plan: {', '.join(parts)}; {hidden}; compressed blocks run {passes}"

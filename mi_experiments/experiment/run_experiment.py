@@ -182,6 +182,7 @@ def open_run(
         batch_size=config.dataset.batch_size,
         allocate=allocator(memory.activations, torch.device(device), recorder.run_dir),
         hessian_bytes=memory.hessian_bytes,
+        piecewise=memory.piecewise,
     )
     EXPORTS[config.export].refuse(walker)
     return Run(

@@ -34,6 +34,7 @@ class Block:
         hessian_bytes: See `Walker`.
         piecewise: Whether batches may go through it by turns, see `open_pieces`.
         pieces: The forward pass that has begun.
+        halted: Bytes that a sample holds while it is halted at a site; known of described blocks.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Block:
     hessian_bytes: int | None = None
     piecewise: bool = False
     pieces: Pieces | None = field(default=None, init=False)
+    halted: int = field(default=0, init=False)
 
     @property
     def leading(self) -> tuple[Site, ...]:

@@ -16,11 +16,14 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mi_experiments.errors import InputError
 from mi_experiments.llm.calls import Call
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.matmul_hooks import read_and_change
+from mi_experiments.llm.matmul_hooks import on_input, read_and_change
 from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.sites import Site
 
@@ -162,3 +165,58 @@ def keeps_state(module: nn.Module, before: dict[nn.Module, dict[str, Any]]) -> b
         or any(before[part][key] is not value for key, value in state.items())
         for part, state in state_of(module).items()
     )
+
+
+def measure_halted(
+    module: nn.Module, sites: Sequence[Site], hidden: Float[Tensor, "1 seqlen hidden"], call: Call
+) -> int:
+    """Return the most bytes that a sample holds while it is halted at one of the sites.
+
+    Counted is what the block's forward has made and not yet let go of, and the sum of what writers
+    have added. It needs no weights: on the meta device the same tensors come and go.
+    """
+    most = 0
+
+    def halt(linear: LinearView, inputs: Tensor) -> None:
+        nonlocal most
+        most = max(most, made.bytes_alive())
+
+    linears = [site.linears[0] for site in sites]
+    with torch.no_grad(), _Made() as made, on_input(linears, halt):  # type: ignore[no-untyped-call]
+        call.replay(module, hidden)
+    return most + hidden.nbytes
+
+
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers the memory of every tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._sizes: dict[Any, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator."""
+        result = func(*args, **(kwargs or {}))
+        # A view of what was there before, such as a weight, is nothing that was made.
+        given = {_reference(tensor) for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            reference = _reference(tensor)
+            if reference in self._sizes or reference not in given:
+                self._sizes[reference] = tensor.untyped_storage().nbytes()
+        return result
+
+    def bytes_alive(self) -> int:
+        """Return the size of what is still there."""
+        return sum(size for made, size in self._sizes.items() if not bool(made.expired()))
+
+
+def _reference(tensor: Tensor) -> Any:
+    """Return a weak reference to the memory of a tensor; those to the same memory are equal."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in a nest of tuples, lists and dictionaries."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

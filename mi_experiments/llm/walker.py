@@ -28,7 +28,7 @@ from mi_experiments.llm.calls import (
 )
 from mi_experiments.llm.inventory import Inventory, block_list, take_inventory
 from mi_experiments.llm.nonfinite import FiniteCheck
-from mi_experiments.llm.pieces import keeps_state, state_of
+from mi_experiments.llm.pieces import keeps_state, measure_halted, state_of
 from mi_experiments.llm.replay import Stream, check_tokens
 from mi_experiments.llm.sites import find_sites
 from mi_experiments.llm.streaming import BlockWeights
@@ -211,8 +211,13 @@ class Walker:
         """
         tokens = torch.zeros(1, seqlen, dtype=torch.int64, device="meta")
         try:
+            blocks = []
             with _Shapes():  # type: ignore[no-untyped-call]
-                return list(self.walk(tokens))
+                for block in self.walk(tokens):
+                    hidden, call = block.stream.probe()
+                    block.halted = measure_halted(block.module, block.leading, hidden, call)
+                    blocks.append(block)
+            return blocks
         except NotImplementedError as error:
             # What meta tensors say when their numbers are asked for.
             raise InputError(NO_SHAPES) from error
