@@ -7,6 +7,8 @@ Whole runs make the same calls by the ten thousand; there the checks would be ha
 import gc
 import os
 import tempfile
+from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="mi-experiments-tests-")
@@ -19,8 +21,26 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from greenlet import getcurrent
 
 torch.set_num_threads(1)
+
+
+class PerGreenlet:
+    """Attributes of each greenlet, as `threading.local` has those of each thread."""
+
+    def __init__(self) -> None:
+        vars(self)["own"] = WeakKeyDictionary()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own.setdefault(getcurrent(), SimpleNamespace()), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.own.setdefault(getcurrent(), SimpleNamespace()), name, value)
+
+
+# Batches that take turns in a block would find each other's shapes.
+jaxtyping._storage._shape_storage = PerGreenlet()
 
 CHECKED = (
     "calibration", "llm", "method",

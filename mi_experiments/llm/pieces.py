@@ -95,7 +95,8 @@ class Pieces:
         """Run the block on a batch, with a halt before each site."""
 
         def halt(linear: LinearView, inputs: Tensor) -> None:
-            getcurrent().parent.switch((self._sites[linear], inputs))
+            if (site := self._sites.get(linear)) is not None:
+                getcurrent().parent.switch((site, inputs))
 
         def add(linear: LinearView, inputs: Tensor, output: Tensor) -> Tensor:
             # After the last writer nobody asks for the residual stream.
@@ -103,7 +104,9 @@ class Pieces:
                 batch.residual = batch.residual + output.reshape(batch.residual.shape)
             return output
 
-        with read_and_change(self._sites, halt, add):
+        # All linears, so that copies of weights that were made before a halt are made again.
+        linears = [linear for site in self._sites.values() for linear in site.linears]
+        with read_and_change(linears, halt, add):
             return call.replay(self._module, batch.hidden)
 
     def refuse(self, batch: "_Batch", linear: LinearView) -> InputError:
@@ -182,7 +185,7 @@ def measure_halted(
         most = max(most, made.bytes_alive())
 
     linears = [site.linears[0] for site in sites]
-    with torch.no_grad(), _Made() as made, on_input(linears, halt):  # type: ignore[no-untyped-call]
+    with torch.no_grad(), _Made() as made, on_input(linears, halt):
         call.replay(module, hidden)
     return most + hidden.nbytes
 
