@@ -215,8 +215,8 @@ def run_row(
     """Run a row, or continue or recall it; a wrong dense model ends it before it is compressed."""
     from mi_experiments.experiment.finished import show_or_mend
     from mi_experiments.experiment.run_experiment import run_experiment
+    from mi_experiments.experiment.unchanged import changed_since
     from mi_experiments.records.tracking import Tracker
-    from mi_experiments.reproduction.unchanged import changed_since
 
     config = from_hydra(composed)
     HydraConfig.instance().set_config(composed)

@@ -135,6 +135,7 @@ def do_run(
     # Not before: a dry run and a question for help need neither Weights & Biases nor texts.
     from mi_experiments.experiment.finished import show_or_mend
     from mi_experiments.experiment.run_experiment import run_experiment
+    from mi_experiments.experiment.unchanged import compare_sources
     from mi_experiments.records.tracking import Tracker
 
     if not run_dir.exists():
@@ -145,9 +146,10 @@ def do_run(
         # Not before: what an earlier process has left says now that it is interrupted.
         STOP.check()
         if (finished := show_or_mend(finished, run_dir, config.export)) is not None:
+            notes = compare_sources(config, finished, run_dir)
             line = f"{run_dir} is complete; remove it to run again"
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-            print_result(finished, run_dir, sweep_dir, [], console)
+            print_result(finished, run_dir, sweep_dir, notes, console)
             return objective(finished)
         begun = read_manifest(run_dir)
         if begun is None:

@@ -20,7 +20,7 @@ from mi_experiments.config.config import Config
 from mi_experiments.config.renames import ADDED
 from mi_experiments.config.secrets import scrub
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Raised by every change that may move a number; CHANGELOG.md says which, under "Numerics"."""
 
 

@@ -13,9 +13,9 @@ from mi_experiments.experiment.memory_plan import (
     Needs,
     find_room,
     measure_needs,
-    outline_model,
     plan_memory,
 )
+from mi_experiments.experiment.outline import outline_model
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.loading import choose_device
 from mi_experiments.llm.sites import Site

@@ -28,7 +28,7 @@ from mi_experiments.persistence.commits import (
     read_manifest,
 )
 from mi_experiments.records.linears import LINEARS, TIMINGS, read_linears
-from mi_experiments.records.record_check import check_record
+from mi_experiments.records.record_check import NUMBERS, check_record
 from mi_experiments.records.recorder import read_sealed
 from mi_experiments.records.result import RESULT, Result
 
@@ -111,6 +111,8 @@ def reopen(commits: Commits, export: Export, blocks: int) -> None:
     try:
         result, beside = read_sealed(run_dir)
     except FileNotFoundError:
+        if NUMBERS in commits.run_identity:
+            log.warning("%s has gone, of a run that was complete: it is made again", path)
         return
     except ValueError as error:
         path.rename(damaged_sibling(path))

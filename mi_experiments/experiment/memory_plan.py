@@ -15,16 +15,14 @@ from transformers import PreTrainedModel
 
 from mi_experiments.calibration.fisher import POSITIONS_CHUNK
 from mi_experiments.config.config import Config, Dtype
-from mi_experiments.embedded import find_model
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.host_memory import ROOT, available_memory, group_room
+from mi_experiments.experiment.outline import outline_model
 from mi_experiments.export.exports import EXPORTS
 from mi_experiments.export.stored_model import run_folders
 from mi_experiments.llm.activations import Place
 from mi_experiments.llm.blocks import Block
-from mi_experiments.llm.loading import choose_device, load_skeleton
-from mi_experiments.llm.walker import Walker
-from mi_experiments.method.pruning import check_dimensions
+from mi_experiments.llm.loading import choose_device
 from mi_experiments.persistence.atomic import free_disk, require_disk
 
 GIB, MIB = 2**30, 2**20
@@ -212,28 +210,6 @@ def plan_run(config: Config, run_dir: Path) -> MemoryPlan:
     room = find_room(choose_device(config.model.device), run_dir, config)
     require_disk(run_dir, needs.stored, room.disk)
     return plan_memory(needs, room, config)
-
-
-def outline_model(config: Config) -> tuple[PreTrainedModel, list[Block]]:
-    """Return the shapes of a model and of its blocks, having checked that all of them can be met.
-
-    Raises:
-        InputError: a linear has fewer channels than groups, or no whole number of n:m windows.
-    """
-    model = load_skeleton(
-        find_model(config.model.path),
-        revision=config.model.revision,
-        offline=config.model.offline,
-        attention=config.model.attention,
-    )
-    walker = Walker(model, path=config.model.blocks, ignore=config.model.ignore)
-    blocks = walker.describe_blocks(config.dataset.seqlen)
-    linears = [linear for block in blocks for site in block.sites for linear in site.linears]
-    columns = {linear.name: linear.columns for linear in linears}
-    check_dimensions(columns, config.sparsity.average, config.sparsity.mask_block)
-    for name, count in columns.items():
-        config.n_groups.check_count(count, name)
-    return model, blocks
 
 
 def measure_needs(model: PreTrainedModel, blocks: Sequence[Block], config: Config) -> Needs:

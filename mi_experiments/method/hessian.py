@@ -64,19 +64,6 @@ class Hessian:
         """Whether every channel was zero on every token."""
         return self.tokens > 0 and not bool(self.diagonal.any())
 
-    def of_channels(self, count: int) -> "Hessian":
-        """Return the statistics of some channels, evenly spaced; itself where it has no more."""
-        columns = len(self.mean)
-        if columns <= count:
-            return self
-        chosen = torch.arange(count, device=self.mean.device) * columns // count
-        return Hessian(
-            matrix=self.matrix[chosen][:, chosen],
-            mean=self.mean[chosen],
-            tokens=self.tokens,
-            sample=self.sample[:, chosen],
-        )
-
     def covariance(self) -> Float[Tensor, "columns columns"]:
         """Return the centred covariance, matrix/2 − mean·meanᵀ, exactly symmetric.
 

@@ -1,22 +1,19 @@
 """Measure the information between the channels of a site, always in nats.
 
 Pairwise: a matrix I(i; j) by one of three estimators, with the floor that the same estimator
-reports when there is nothing to find. Joint: from a `Factor` alone, how much the other channels
-know about each one (redundancy) and how much all share (total correlation).
+reports when there is nothing to find (`noise_floor`). Joint: from a `Factor` alone, how much the
+other channels know about each one (redundancy) and how much all share (total correlation).
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from jaxtyping import Float, Int32
-from scipy.stats import beta
 from torch import Tensor
 
 from mi_experiments.method.gram import add_gram_, mirror_
-from mi_experiments.method.hessian import Factor, Hessian, HessianAccumulator
+from mi_experiments.method.hessian import Factor, Hessian
 
 INFORMATION_CAP = 5.0
 """Nats at which a pair of (nearly) identical channels saturates: |ρ| = 0.99998 and beyond.
@@ -48,46 +45,18 @@ class Pairs(Enum):
     none = "none"
 
 
-@dataclass(frozen=True)
-class NoiseFloor:
-    """What an estimator reports on channels that are independent, in nats.
-
-    Attributes:
-        mean: over pairs; about 0 for an unbiased estimator.
-        p95: 95th percentile over pairs: smaller estimates are no evidence of dependence.
-    """
-
-    mean: float
-    p95: float
-
-
-@dataclass(frozen=True)
-class InformationSummary:
-    """The information in one site, in nats, as plain numbers for the record.
-
-    Attributes:
-        mean_pairwise: over the pairs of different channels that were measured, all or those of
-            `SUMMARY_CHANNELS`; None where none were.
-        max_pairwise: over the same pairs; `INFORMATION_CAP` when two channels are identical.
-        noise_mean: mean of the estimator on independent channels.
-        noise_p95: 95th percentile of the estimator on independent channels.
-        total_correlation: shared by all channels, whatever the order of the sweep.
-        mean_redundancy: mean over channels of what all the others know about one.
-        estimator: name of the estimator of the pairwise and noise values.
-        damping: of the Hessian whose factor gave the two above; None in records without it.
-        stability: adjusted Rand index between the groups of two halves of the tokens; None where
-            groups do not come from tokens, and in records without it.
-    """
-
-    mean_pairwise: float | None
-    max_pairwise: float | None
-    noise_mean: float | None
-    noise_p95: float | None
-    total_correlation: float
-    mean_redundancy: float
-    estimator: str | None
-    damping: float | None = None
-    stability: float | None = None
+def some_channels(hessian: Hessian, count: int) -> Hessian:
+    """Return the statistics of so many channels, evenly spaced; of all where there are no more."""
+    columns = len(hessian.mean)
+    if columns <= count:
+        return hessian
+    chosen = torch.arange(count, device=hessian.mean.device) * columns // count
+    return Hessian(
+        matrix=hessian.matrix[chosen][:, chosen],
+        mean=hessian.mean[chosen],
+        tokens=hessian.tokens,
+        sample=hessian.sample[:, chosen],
+    )
 
 
 def gaussian_information(
@@ -202,68 +171,6 @@ def measure_information(
     return ESTIMATORS[estimator](hessian, bins)
 
 
-def noise_floor(
-    hessian: Hessian, estimator: Estimator, generator: torch.Generator, *, bins: int = 8
-) -> NoiseFloor:
-    """Return what the estimator reports on independent channels, from as many tokens.
-
-    This is the null of independent tokens. Neighbouring tokens of a text are alike, so the
-    scatter of real estimates is somewhat larger.
-
-    Where ρ = 0, r² of n tokens of Gaussian channels follows Beta(½, (n − 2)/2) (Fisher 1915), so
-    that the mean of the corrected estimate is 0 and its percentiles are known; the same holds for
-    normal scores of ranks, whatever the channels, but for their ties. `binned` has no such form:
-    there the tokens of the channels are shuffled apart.
-
-    Args:
-        hessian: of the site.
-        estimator: the estimator to be judged.
-        generator: draws the shuffles.
-        bins: the bins of the binned estimator.
-
-    Returns:
-        Mean and 95th percentile over pairs; 0 where fewer than two channels vary.
-    """
-    if estimator is Estimator.binned:
-        return shuffled_floor(hessian.sample, estimator, generator, bins=bins)
-    varying = (hessian.sample != hessian.sample[:1]).any(0).sum()
-    if varying < 2:
-        return NoiseFloor(0.0, 0.0)
-    tokens = hessian.tokens if estimator is Estimator.gaussian else len(hessian.sample)
-    square = beta.ppf(0.95, 0.5, (tokens - 2) / 2)
-    return NoiseFloor(0.0, float(-math.log1p(-square) / 2) - gaussian_bias(tokens))
-
-
-def shuffled_floor(
-    sample: Float[Tensor, "tokens columns"],
-    estimator: Estimator,
-    generator: torch.Generator,
-    *,
-    bins: int = 8,
-) -> NoiseFloor:
-    """Return what the estimator reports when the tokens of each channel are shuffled apart.
-
-    Args:
-        sample: tokens of the site.
-        estimator: the estimator to be judged.
-        generator: draws the shuffles, and `SUMMARY_CHANNELS` of more channels that vary.
-        bins: the bins of the binned estimator.
-    """
-    varying = (sample != sample[:1]).any(0).nonzero().flatten()
-    if len(varying) < 2:
-        return NoiseFloor(0.0, 0.0)
-    drawn = torch.randperm(len(varying), generator=generator, device=generator.device)
-    chosen = sample[:, varying[drawn[:SUMMARY_CHANNELS].to(sample.device)]]
-    keys = torch.rand(chosen.shape, generator=generator, device=generator.device)
-    shuffled = chosen.gather(0, keys.argsort(0).to(sample.device))
-    accumulator = HessianAccumulator(
-        shuffled.shape[1], sample_tokens=len(shuffled), device=sample.device, dtype=sample.dtype
-    )
-    accumulator.update(shuffled)
-    pairs = _pairs(measure_information(accumulator.finish(), estimator, bins=bins))
-    return NoiseFloor(pairs.mean().item(), pairs.quantile(0.95).item())
-
-
 def redundancy(factor: Factor) -> Float[Tensor, "columns"]:
     """Return I_j = ½ ln(H′_jj [H′⁻¹]_jj), what the other channels know about each channel.
 
@@ -287,40 +194,6 @@ def total_correlation(factor: Factor) -> float:
     """
     pivots = factor.upper.diagonal().to(torch.float64)
     return (factor.diagonal().to(torch.float64).log().sum() / 2 - pivots.log().sum()).item()
-
-
-def summarize(
-    information: Float[Tensor, "chosen chosen"] | None,
-    noise: NoiseFloor | None,
-    factor: Factor,
-    estimator: Estimator,
-) -> InformationSummary:
-    """Return the few numbers of a site that are worth a record.
-
-    Args:
-        information: the information of every pair, from `measure_information`; None if it was not
-            measured.
-        noise: the noise from `noise_floor` with the same estimator; None likewise.
-        factor: the factor of the Hessian (or covariance) of the site.
-        estimator: the estimator that gave `information`.
-    """
-    mean = most = None
-    if information is not None:
-        columns = len(information)
-        mean = information.sum(dtype=torch.float64).item() / max(columns * (columns - 1), 1)
-        # The diagonal is zero and would hide pairs that are all below zero.
-        apart = information.clone().fill_diagonal_(-math.inf)
-        most = apart.max().item() if columns > 1 else 0.0
-    return InformationSummary(
-        mean_pairwise=mean,
-        max_pairwise=most,
-        noise_mean=noise.mean if noise else None,
-        noise_p95=noise.p95 if noise else None,
-        total_correlation=total_correlation(factor),
-        mean_redundancy=redundancy(factor).mean().item(),
-        estimator=estimator.value if information is not None else None,
-        damping=factor.damping,
-    )
 
 
 def _doubled_ranks(sample: Float[Tensor, "tokens columns"]) -> Int32[Tensor, "tokens columns"]:
@@ -361,7 +234,3 @@ def _entropy(counts: Float[Tensor, "... cells"]) -> Float[Tensor, "..."]:
     tokens = counts.sum(-1)
     plug_in = tokens.log() - torch.xlogy(counts, counts).sum(-1) / tokens
     return plug_in + (counts.count_nonzero(-1) - 1) / (2 * tokens)
-
-
-def _pairs(information: Float[Tensor, "columns columns"]) -> Float[Tensor, "pairs"]:
-    return information[torch.ones_like(information, dtype=torch.bool).triu(1)]

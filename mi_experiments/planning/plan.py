@@ -22,7 +22,7 @@ from mi_experiments.config.method import Allocation
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.walker import Walker
 from mi_experiments.method.grid import scale_groups
-from mi_experiments.method.information import InformationSummary
+from mi_experiments.method.information_summary import InformationSummary
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.persistence.commits import Commits
 from mi_experiments.planning.budgets import allocate_pruning, allocate_widths

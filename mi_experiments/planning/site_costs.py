@@ -32,12 +32,12 @@ from mi_experiments.method.grouping import GROUPINGS, Grouping, group_channels
 from mi_experiments.method.hessian import Hessian, factorize
 from mi_experiments.method.information import (
     SUMMARY_CHANNELS,
-    InformationSummary,
     Pairs,
     measure_information,
-    noise_floor,
-    summarize,
+    some_channels,
 )
+from mi_experiments.method.information_summary import InformationSummary, summarize
+from mi_experiments.method.noise_floor import noise_floor
 from mi_experiments.method.stability import split_half_stability
 from mi_experiments.out_of_memory import give_back
 from mi_experiments.persistence.commits import Commits
@@ -144,7 +144,7 @@ def measure_site_costs(
         pairs = Pairs.full if grouped else groups.information
         if pairs is not Pairs.none:
             whole = pairs is Pairs.full
-            seen = hessian if whole else hessian.of_channels(SUMMARY_CHANNELS)
+            seen = hessian if whole else some_channels(hessian, SUMMARY_CHANNELS)
             generator = torch.Generator().manual_seed(groups.seed)
             noise = noise_floor(seen, groups.estimator, generator)
             matrix = measure_information(seen, groups.estimator)

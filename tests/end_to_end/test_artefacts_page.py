@@ -13,7 +13,7 @@ from mi_experiments.export.packed import as_json
 from mi_experiments.method.bit_count import Layout, find_layout
 from mi_experiments.method.bit_packing import STREAMS, pack, unpack
 from mi_experiments.method.grid import fit_grid, scale_groups
-from mi_experiments.method.information import InformationSummary
+from mi_experiments.method.information_summary import InformationSummary
 from mi_experiments.method.number_formats import find_format
 from mi_experiments.method.pruning import Sparsity, choose_pruned
 from mi_experiments.records.candidates import Candidate, SafetyNet

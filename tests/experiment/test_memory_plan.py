@@ -18,9 +18,9 @@ from mi_experiments.experiment.memory_plan import (
     Needs,
     Room,
     measure_needs,
-    outline_model,
     plan_memory,
 )
+from mi_experiments.experiment.outline import outline_model
 from mi_experiments.llm.activations import Place
 
 NEEDS = Needs(

@@ -13,7 +13,8 @@ from mi_experiments.compression.pipeline import CompressedBlock
 from mi_experiments.config.config import Config, Export
 from mi_experiments.errors import InputError
 from mi_experiments.experiment.finished import find_damage, is_intact
-from mi_experiments.experiment.memory_plan import measure_needs, outline_model
+from mi_experiments.experiment.memory_plan import measure_needs
+from mi_experiments.experiment.outline import outline_model
 from mi_experiments.export.exports import EXPORTS
 from mi_experiments.export.format import ExportFormat
 from mi_experiments.llm.streaming import BlockWeights

@@ -15,12 +15,12 @@ from mi_experiments.method.information import (
     copula_information,
     gaussian_information,
     measure_information,
-    noise_floor,
     redundancy,
-    shuffled_floor,
-    summarize,
+    some_channels,
     total_correlation,
 )
+from mi_experiments.method.information_summary import summarize
+from mi_experiments.method.noise_floor import noise_floor, shuffled_floor
 
 DOUBLE = torch.float64
 TOKENS = 20000
@@ -226,11 +226,11 @@ def test_noise_floor_follows_the_null_distribution_and_ignores_constant_channels
 
 def test_a_summary_is_of_evenly_spaced_channels():
     hessian = hessian_of(torch.randn(300, 7, generator=generator(), dtype=DOUBLE))
-    chosen = hessian.of_channels(3)
+    chosen = some_channels(hessian, 3)
     information = measure_information(hessian, Estimator.copula)
     expected = information[[0, 2, 4]][:, [0, 2, 4]]
     torch.testing.assert_close(measure_information(chosen, Estimator.copula), expected)
-    assert hessian.of_channels(7) is hessian
+    assert some_channels(hessian, 7) is hessian
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.05])

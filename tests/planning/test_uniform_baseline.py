@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mi_experiments.method.grid import scale_groups
 from mi_experiments.method.grouping import Grouping, group_channels
-from mi_experiments.method.information import InformationSummary
+from mi_experiments.method.information_summary import InformationSummary
 from mi_experiments.method.pruning import Sparsity
 from mi_experiments.planning.plan import LinearPlan, Plan
 from mi_experiments.planning.uniform_baseline import uniform_alternative

@@ -43,6 +43,24 @@ def changed_since(config: Config, finished: Result, run_dir: Path) -> tuple[list
     return [f"{line} since {run_dir} was run: remove it to run again" for line in changed], ""
 
 
+def compare_sources(config: Config, finished: Result, run_dir: Path) -> list[str]:
+    """Refuse to show a finished run for a model or a text that is another one now.
+
+    Returns:
+        What is to be said beside its numbers: where that cannot be compared, or where this version
+        would compute other numbers.
+
+    Raises:
+        InputError: a file of the model or a text is not what the run has read.
+    """
+    changed, note = changed_since(config, finished, run_dir)
+    sources = [line for line in changed if not line.startswith("numerics_version")]
+    if sources:
+        more = f" (and {len(sources) - 1} more)" if len(sources) > 1 else ""
+        raise InputError(f"{sources[0]}, or choose another directory (hydra.run.dir=DIR){more}")
+    return [note] * bool(note) + changed
+
+
 def read_now(config: Config) -> dict[str, Any]:
     """Return the content hashes of what the same run would read now, without a network."""
     offline = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, offline=True))
