@@ -129,8 +129,8 @@ def test_no_module_is_imported_in_a_circle() -> None:
         visit(name, ())
 
 
-def test_the_mathematics_imports_torch_only() -> None:
-    allowed = {"torch", "jaxtyping", "numpy", "mi_experiments"}
+def test_the_mathematics_imports_numerical_libraries_only() -> None:
+    allowed = {"torch", "jaxtyping", "numpy", "scipy", "mi_experiments"}
     standard = {"math", "dataclasses", "enum", "collections", "fractions", "itertools", "typing",
                 "functools", "abc"}  # fmt: skip
     for path in files("method"):

@@ -8,7 +8,7 @@ block and its dense copy on the same samples side by side.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from mi_experiments.llm.inventory import LinearView
 from mi_experiments.llm.matmul_hooks import on_input, replace_output, replace_product
 from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.sites import Site
+from mi_experiments.out_of_memory import until_it_fits
 
 WRITER_TOLERANCE = 0.1
 """Largest relative deviation at which a linear's output counts as added to the block's output.
@@ -59,7 +60,7 @@ class DensePair:
     @cached_property
     def writers(self) -> dict[str, "Writer"]:
         """The linears that write to the residual stream."""
-        return find_writers(self.dense)
+        return until_it_fits(partial(find_writers, self.dense), self.shrink)
 
     @classmethod
     def open(cls, block: Block, stream: Stream | None) -> "DensePair":

@@ -1,1 +1,1 @@
-"""Do the mathematics: tensors in, tensors out; torch alone, no model, config or file."""
+"""Do the mathematics: tensors in, tensors out; no model, config or file."""

@@ -124,6 +124,13 @@ def test_the_same_command_is_the_same_sweep(mi_run: Callable[..., Ended], local:
     assert list(Path("sweeps").iterdir()) == [directory]
     assert statuses() == ["skipped"] * 2
     assert identities(directory) == before
+    # What is damaged is no finished job, and becomes what it was.
+    table = run_directories(directory)[0] / "linears.parquet"
+    content = table.read_bytes()
+    table.write_bytes(content[:99] + bytes([content[99] ^ 1]) + content[100:])
+    assert mi_run(*sweep).code == 0
+    assert sorted(statuses()) == ["done", "skipped"]
+    assert table.read_bytes() == content
 
 
 def test_a_job_has_the_hash_of_the_run_that_it_is(

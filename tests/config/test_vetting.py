@@ -12,9 +12,12 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from mi_experiments.config.compose import conf_directory
+from mi_experiments.config.vetted_hydra import vet_what_hydra_composes
 from mi_experiments.config.vetting import check_yaml, read_config, vet
 from mi_experiments.errors import InputError
 from mi_experiments.sweeps.run_sweep import open_hydra
+
+vet_what_hydra_composes()  # as the commands do when they start
 
 SECRET = "planted-secret-of-the-environment"
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

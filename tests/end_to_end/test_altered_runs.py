@@ -21,10 +21,10 @@ from tiny_models import build_byte_tokenizer, build_tiny_model
 from mi_experiments.commands import reproduce, run
 from mi_experiments.compression import pipeline
 from mi_experiments.embedded import MODEL_DIRECTORY
+from mi_experiments.experiment import unchanged
 from mi_experiments.records import provenance
 from mi_experiments.records.result import read_result
 from mi_experiments.reproduction import rows as row_files
-from mi_experiments.reproduction import unchanged
 from mi_experiments.reproduction.verdicts import FAIL, NOT_RUN, PASS
 
 QUICK = ["recipe=textbook", "wbits=uniform", "n_groups=contiguous", "sparsity.scope=linear"]

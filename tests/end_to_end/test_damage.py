@@ -49,6 +49,7 @@ def resealed(path: Path, change: Callable[[dict], object]) -> None:  # type: ign
         ("linears.parquet", flip, BLOCKS, 0, 0),
         ("timings.parquet", truncate, BLOCKS, 0, 0),
         ("result.json", truncate, BLOCKS, 0, 2 * TEXTS),
+        ("result.json", Path.unlink, BLOCKS, 0, 2 * TEXTS),
     ],
 )
 def test_what_is_damaged_is_named_and_made_again_from_what_is_intact(
@@ -73,6 +74,34 @@ def test_what_is_damaged_is_named_and_made_again_from_what_is_intact(
     again = damage.place.run()
     assert "is complete;" in again.out
     assert "WARNING" not in again.out
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "shown"),
+    [
+        ("tiny/model.safetensors", lambda b: b[:-1] + b"?", "model_files.model.safetensors: "),
+        ("text.jsonl", lambda b: b.replace(b'"text": "', b'"text": "7 '), "calibration: "),
+    ],
+)
+def test_a_finished_run_is_not_shown_for_another_model_or_text(
+    name: str, change: Callable[[bytes], bytes], shown: str, damage: Damage
+) -> None:
+    run_dir = damage.place.fresh()
+    shutil.copytree(damage.states["finished"], run_dir)
+    path = damage.place.root / name
+    before, kept = path.read_bytes(), {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file()}
+    path.write_bytes(change(before))
+    ended = damage.place.run()
+    path.write_bytes(before)
+    assert ended.code == 2
+    (line,) = ended.out.strip().splitlines()
+    assert shown in line
+    assert "remove it to run again" in line
+    changed = [
+        p for p, content in kept.items() if p.name != "run.log" and p.read_bytes() != content
+    ]
+    assert changed == []
+    assert "is complete;" in damage.place.run().out
 
 
 def perplexity_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,10 @@ def test_a_budget_sweep_measures_costs_once_and_gets_the_same_bits(
         everything = {"evaluate dense": ["text"], "plan": parts(*range(BLOCKS))}
         assert result.from_cache == ({} if index == 0 else everything)
         assert read_result(tmp_path / f"shared {index}").from_cache == result.from_cache
+        # What the two texts have in common was looked for, and there is nothing.
+        assert result.provenance is not None
+        assert result.provenance.calibration_documents == 32
+        assert result.provenance.calibration_shared == result.provenance.calibration_left_out == 0
     # Each job evaluates its compressed model itself.
     assert work == {"measure_block_costs": BLOCKS, "measure_text": 1 + len(budgets)}
     for index, budget in enumerate(budgets):

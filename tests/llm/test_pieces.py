@@ -174,7 +174,7 @@ def test_how_often_all_tokens_are_multiplied_by_all_weights(
     tiny_tokens: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And five times the first sample, to find sites, writers and how blocks are called."""
+    """And half as often, at most, to find sites, writers and how blocks are called."""
     model, tokens = build_tiny_model(name), tiny_tokens(16, SEQLEN)
     config = config_of(*overrides, "wbits.fisher_samples=16")
     walker = Walker(model, batch_size=4)
@@ -192,4 +192,4 @@ def test_how_often_all_tokens_are_multiplied_by_all_weights(
         for _ in compress_model(walker, tokens, plan, config):
             pass
     once = 2 * walker.inventory.compressed * tokens.numel()
-    assert multiplied.total <= (most + 5 / len(tokens)) * once
+    assert multiplied.total <= (most + 0.5) * once

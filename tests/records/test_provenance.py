@@ -50,6 +50,15 @@ def test_the_commit_is_that_of_the_checkout(
     assert checkout_commit() == f"{head}+"
 
 
+def test_the_command_is_recorded_without_secrets(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/mi-run", f"tracking.entity={KEY}", "wbits.average=3"])
+    source, tokens = ModelSource(tiny_directory, None), torch.arange(24).view(3, 8)
+    found = measure_provenance(config_of(), source, torch.nn.Linear(1, 1), tokens, True)
+    assert found.command == "mi-run tracking.entity=*** wbits.average=3"
+
+
 def test_what_the_calibration_was_is_recorded(tiny_directory: Path) -> None:
     config = config_of("dataset.nsamples=9")
     calibration = torch.arange(24).view(3, 8)  # fewer than asked for
