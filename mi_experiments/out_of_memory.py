@@ -69,8 +69,8 @@ LARGE = 2**24
 def keep_small_pieces() -> None:
     """Let glibc take pieces above 32 MiB from the system, and keep up to 128 MiB of smaller ones.
 
-    Tensors of a few MiB come and go many times a second: each time one is mapped its pages are
-    filled with zeros, which took a tenth of a run. What is kept in vain, `give_back` gives back.
+    Tensors of a few MiB come and go many times a second, and each time one is mapped the system
+    fills its pages with zeros. What is kept in vain, `give_back` gives back.
     """
     if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         set_option(M_MMAP_THRESHOLD, 32 * 2**20)

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from mi_experiments.compression.pipeline import compress_model
 from mi_experiments.llm.blocks import Block
 from mi_experiments.llm.inventory import LinearView
-from mi_experiments.llm.pieces import Pieces
-from mi_experiments.llm.replay import Call, Stream
+from mi_experiments.llm.pieces import _Batch
+from mi_experiments.llm.replay import Stream
 from mi_experiments.llm.walker import Walker
 from mi_experiments.planning.plan import Plan, plan_compression
 
@@ -104,21 +104,22 @@ def test_batches_do_not_take_turns_in_a_module_that_keeps_something(tokens: Tens
     )
 
 
-@pytest.mark.parametrize("at", [0, 2, 5, 9, 11])
+# Of 3 batches in each of two models: before the first site, between two batches of a later one, and
+# on the way to the end, of the compressed and of the dense model.
+@pytest.mark.parametrize("at", [0, 8, 15, 25, 28])
 def test_what_has_no_memory_in_pieces_is_replayed(
     at: int, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whenever it happens: before a site, between two batches, or on the way to the end."""
     expected = compressed(build_tiny_model("llama"), tokens, piecewise=False)
     plan = plan_compression(Walker(build_tiny_model("llama"), batch_size=2), tokens, config_of())
-    real, number = Pieces.forward, iter(range(100))
+    real, number = _Batch._go_on, iter(range(100))
 
-    def forward(self: Pieces, batch: Any, call: Call) -> Tensor:
+    def go_on(self: _Batch) -> Any:
         if next(number) == at:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(self, batch, call)
+        return real(self)
 
-    monkeypatch.setattr(Pieces, "forward", forward)
+    monkeypatch.setattr(_Batch, "_go_on", go_on)
     assert_equal(expected, compressed(build_tiny_model("llama"), tokens, plan=plan))
     assert next(number) > at
 
